@@ -1,0 +1,179 @@
+"""Loading weights from the original checkpoint that a ShortV repo references, and saving self-contained repos.
+
+A ShortV repo holds a config and code, no weights; `config.base_model_name_or_path` says where they are. Any weight that
+the base lacks, has too much or in another shape is an error: a partly random model must never look like a loaded one.
+"""
+
+import copy
+import json
+
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from .configuration_shortv import SHORTV_FIELDS, local_path_or_id
+
+
+# Key layout of the `llava-hf` checkpoints → module names. Custom classes get no conversion in Transformers 5.x.
+KEY_MAPPING = {
+    r"^language_model.lm_head": "lm_head",
+    r"^language_model.model": "model.language_model",
+    r"^vision_tower": "model.vision_tower",
+    r"^multi_modal_projector": "model.multi_modal_projector",
+    r"^image_newline": "model.image_newline",
+}
+# Where the ShortV repo's own files are found. Its `revision` and `subfolder` mean nothing to the base.
+HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+# These are config attributes too, but say how to load.
+LOADER_KWARGS = ("attn_implementation", "dtype", "quantization_config", "torch_dtype")
+# Config fields that decide the shapes of weights.
+SHAPE_FIELDS = {
+    "text_config": (
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    ),
+    "vision_config": (
+        "model_type",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "image_size",
+        "patch_size",
+    ),
+}
+
+
+class BaseWeightsMixin:
+    """Modifications: `from_pretrained` reads weights from the base checkpoint; `save_pretrained` writes all of them."""
+
+    _auto_class = "AutoModelForImageTextToText"  # makes `save_pretrained` copy the code files beside the weights
+    # buffers that old checkpoints hold and models recompute; the head, for the models without one
+    _keys_to_ignore_on_load_unexpected = [r"(^|\.)position_ids$", r"^lm_head\.weight$"]
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+        """Load a ShortV repo that references its weights, one that holds them, or an original `llava-hf` checkpoint.
+
+        Takes what `PreTrainedModel.from_pretrained` takes. `shortv_layers=[...]` and the other ShortV fields override
+        the config's; `base_model_name_or_path` may then name another copy of the base, a local directory for example.
+        `revision` and `subfolder` belong to the repo that is named here; the base is read at
+        `config.base_model_revision`. `trust_remote_code` is never passed on to the base, of which only safetensors
+        are read. A `generation_config.json` of the ShortV repo wins over the base's.
+
+        Raises:
+            ValueError: bad ShortV fields, a base of another architecture, `use_safetensors=False`; any missing,
+                unexpected or mismatched weight.
+            OSError: a repo or file that cannot be found.
+        """
+        path = pretrained_model_name_or_path
+        hub_kwargs = {name: kwargs.pop(name) for name in HUB_KWARGS if name in kwargs}
+        config_file = None
+        if path is not None:
+            config_file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
+        if config_file is None:  # a bare state dict, or a directory that the parent can say more about
+            return super().from_pretrained(path, *model_args, config=config, **hub_kwargs, **kwargs)
+        if kwargs.pop("use_safetensors", None) is False:
+            raise ValueError("use_safetensors=False: ShortV models read weights from safetensors files only")
+
+        config, kwargs = cls._prepare_config(path, config, hub_kwargs, kwargs)
+        location, location_kwargs = cls._locate_weights(path, config, config_file, hub_kwargs)
+        kwargs.pop("trust_remote_code", None)
+        kwargs.pop("code_revision", None)
+        wants_info = kwargs.pop("output_loading_info", False)
+        key_mapping = {**(kwargs.pop("key_mapping", None) or {}), **KEY_MAPPING}
+        model, info = super().from_pretrained(
+            location,
+            *model_args,
+            config=config,
+            key_mapping=key_mapping,
+            use_safetensors=True,
+            output_loading_info=True,
+            **location_kwargs,
+            **kwargs,
+        )
+        _require_complete(info, location)
+        if location != path:
+            model.name_or_path = model.config.name_or_path = str(path)
+            if model.can_generate() and kwargs.get("generation_config") is None:
+                try:
+                    model.generation_config = GenerationConfig.from_pretrained(path, **hub_kwargs)
+                except OSError:
+                    pass  # the repo has none: the base's stays
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _prepare_config(cls, path, config, hub_kwargs, kwargs):
+        """The config to build the model with (a copy), and the keyword arguments that are not for it."""
+        if not isinstance(config, PretrainedConfig):
+            loader_kwargs = {name: kwargs.pop(name) for name in LOADER_KWARGS if name in kwargs}
+            source = path if config is None else config
+            config, kwargs = cls.config_class.from_pretrained(
+                source, return_unused_kwargs=True, **hub_kwargs, **kwargs
+            )
+            kwargs.update(loader_kwargs)
+            kwargs = {name: value for name, value in kwargs.items() if name not in HUB_KWARGS}
+        elif config.model_type != cls.config_class.model_type:
+            raise ValueError(f"config has model_type {config.model_type!r}; {cls.__name__} needs a {cls.config_class}")
+        else:
+            config = copy.deepcopy(config)
+            for name in SHORTV_FIELDS:
+                if name in kwargs:
+                    setattr(config, name, kwargs.pop(name))
+        config._commit_hash = None  # the ShortV repo's: Transformers 4.x would look for it in the base
+        config.validate_shortv()
+        return config, kwargs
+
+    @classmethod
+    def _locate_weights(cls, path, config, config_file, hub_kwargs):
+        """Where the weights are, and the arguments to find them there; brings the config's reference up to date."""
+        with open(config_file, encoding="utf-8") as file:
+            own = json.load(file)
+        if own.get("model_type") == cls.config_class.base_model_type:  # an original checkpoint
+            config.base_model_name_or_path = local_path_or_id(path)
+            config.base_model_revision = extract_commit_hash(config_file, None)
+            return path, hub_kwargs
+        if own.get("base_model_name_or_path") is None:  # holds its own weights, whatever the config was made from
+            config.base_model_name_or_path = config.base_model_revision = None
+            return path, hub_kwargs
+        base = config.base_model_name_or_path
+        base_kwargs = {k: v for k, v in hub_kwargs.items() if k not in ("revision", "subfolder")}
+        if config.base_model_revision is not None:
+            base_kwargs["revision"] = config.base_model_revision
+        base_config = cls.config_class.from_pretrained(base, **base_kwargs)  # refuses another model type
+        for part, names in SHAPE_FIELDS.items():
+            for name in names:
+                expected = getattr(getattr(config, part), name, None)
+                found = getattr(getattr(base_config, part), name, None)
+                if expected != found:
+                    raise ValueError(
+                        f"the base checkpoint {base} does not fit {path}: its {part}.{name} is {found!r}, "
+                        f"the ShortV config needs {expected!r}"
+                    )
+        return base, base_kwargs
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """Write a self-contained repo: weights, config without a base reference, generation config and code files."""
+        config = self.config
+        reference = config.base_model_name_or_path, config.base_model_revision
+        config.base_model_name_or_path = config.base_model_revision = None
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            config.base_model_name_or_path, config.base_model_revision = reference
+
+
+def _require_complete(info: dict, location: str):
+    """Raise `ValueError` unless every weight of the model was read from the checkpoint and none was left over."""
+    problems = []
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        entries = sorted(str(entry) for entry in info.get(kind) or [])
+        if entries:
+            more = f" and {len(entries) - 5} more" if len(entries) > 5 else ""
+            problems.append(f"{len(entries)} {kind.replace('_', ' ')}: {', '.join(entries[:5])}{more}")
+    if problems:
+        raise ValueError(f"the weights in {location} do not fit the model; {'; '.join(problems)}")

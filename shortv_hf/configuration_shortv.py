@@ -1,0 +1,156 @@
+"""Configurations of the ShortV models: the Hugging Face LLaVA configs plus four fields.
+
+`shortv_layers` (`list[int]`, default `[]`)
+    Decoder layers that freeze visual tokens. A set for the forward pass; the order records the ranking (the most
+    ineffective layer first). `[]` is the dense model.
+`visual_reduction` (`dict`, *optional*)
+    A visual-token reduction method to combine with. `None` turns it off.
+`base_model_name_or_path` (`str`, *optional*)
+    The original checkpoint (Hub id or local directory) whose weights this repo references. `None` when the repo holds
+    its own weights.
+`base_model_revision` (`str`, *optional*)
+    The commit of the base checkpoint.
+"""
+
+import os
+from collections.abc import Iterable
+from numbers import Integral
+
+from transformers import LlavaConfig, LlavaNextConfig
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+
+SHORTV_FIELDS = ("shortv_layers", "visual_reduction", "base_model_name_or_path", "base_model_revision")
+
+
+def validate_shortv_layers(shortv_layers: Iterable[int], num_hidden_layers: int) -> list[int]:
+    """Return `shortv_layers` as a list of ints in the given order.
+
+    Raises:
+        ValueError: if an id is not an integer, is negative, is not below `num_hidden_layers`, or appears twice.
+    """
+    valid = f"valid layer ids are the integers 0 to {num_hidden_layers - 1}"
+    if isinstance(shortv_layers, (str, bytes)) or not isinstance(shortv_layers, Iterable):
+        raise ValueError(f"shortv_layers must be a list of layer ids, got {shortv_layers!r}; {valid}")
+    layers = []
+    for layer in shortv_layers:
+        if isinstance(layer, bool) or not isinstance(layer, Integral):
+            raise ValueError(f"shortv_layers holds {layer!r}, which is not an integer; {valid}")
+        if not 0 <= layer < num_hidden_layers:
+            raise ValueError(f"shortv_layers holds {layer}, which is out of range; {valid}")
+        if int(layer) in layers:
+            raise ValueError(f"shortv_layers holds {layer} twice; {valid}, each at most once")
+        layers.append(int(layer))
+    return layers
+
+
+def validate_visual_reduction(visual_reduction: dict | None) -> dict | None:
+    """Return `visual_reduction`, or raise `ValueError`: this version has no reduction method, so only `None` is valid."""
+    if visual_reduction is not None:
+        raise ValueError(f"visual_reduction is {visual_reduction!r}; this version of shortv_hf supports only None")
+    return None
+
+
+def local_path_or_id(name: str | os.PathLike) -> str:
+    """`name` if it is a Hub id; the absolute path if it is a local directory, since a reference outlives the process."""
+    return os.path.abspath(name) if os.path.isdir(name) else str(name)
+
+
+class ShortVConfigMixin:
+    """What the ShortV configs add to their Hugging Face parents: validation, and how they are read and written."""
+
+    base_model_type: str  # the model type of the original checkpoints
+
+    def _set_shortv_fields(self, shortv_layers, visual_reduction, base_model_name_or_path, base_model_revision):
+        self.shortv_layers = list(shortv_layers) if isinstance(shortv_layers, tuple) else shortv_layers
+        self.visual_reduction = visual_reduction
+        self.base_model_name_or_path = base_model_name_or_path
+        self.base_model_revision = base_model_revision
+        self.validate_shortv()
+
+    def validate_shortv(self):
+        """Check the ShortV fields against the text model. Raises `ValueError` that names the bad value."""
+        self.shortv_layers = validate_shortv_layers(self.shortv_layers or [], self.text_config.num_hidden_layers)
+        self.visual_reduction = validate_visual_reduction(self.visual_reduction)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """Read a `config.json`. That of an original checkpoint becomes a ShortV config which references it."""
+        hub_kwargs = {k: kwargs[k] for k in ("cache_dir", "token", "local_files_only", "revision") if k in kwargs}
+        subfolder = kwargs.get("subfolder", "")
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        model_type = config_dict.get("model_type")
+        if model_type == cls.base_model_type:
+            name = os.fspath(pretrained_model_name_or_path)
+            commit = None
+            if os.path.isfile(name):
+                name = os.path.dirname(name)
+            elif not os.path.isdir(name):
+                config_file = cached_file(name, "config.json", subfolder=subfolder, **hub_kwargs)
+                commit = extract_commit_hash(config_file, None)
+            config_dict = {
+                **config_dict,
+                "model_type": cls.model_type,
+                "base_model_name_or_path": local_path_or_id(name),
+                "base_model_revision": commit,
+            }
+            config_dict.pop("architectures", None)
+        elif model_type != cls.model_type:
+            raise ValueError(
+                f"{pretrained_model_name_or_path} has model_type {model_type!r}; {cls.__name__} reads "
+                f"{cls.model_type!r} and the original {cls.base_model_type!r} checkpoints"
+            )
+        return config_dict, kwargs
+
+    def to_dict(self):
+        """The parent's dict, with the `auto_map` by which the Auto classes of both Transformers lines find the code."""
+        output = super().to_dict()
+        model = type(self).__name__.removesuffix("Config")
+        generation_class = f"modeling_shortv.{model}ForConditionalGeneration"
+        output["auto_map"] = {
+            "AutoConfig": f"configuration_shortv.{model}Config",
+            "AutoModel": f"modeling_shortv.{model}Model",
+            "AutoModelForImageTextToText": generation_class,
+            "AutoModelForMultimodalLM": generation_class,
+            "AutoModelForVision2Seq": generation_class,  # Transformers 4.x
+        }
+        return output
+
+
+class ShortVLlavaConfig(ShortVConfigMixin, LlavaConfig):
+    """[`LlavaConfig`] with the ShortV fields (see the module's docstring)."""
+
+    model_type = "shortv_llava"
+    base_model_type = "llava"
+
+    def __init__(
+        self,
+        shortv_layers=(),
+        visual_reduction=None,
+        base_model_name_or_path=None,
+        base_model_revision=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self._set_shortv_fields(shortv_layers, visual_reduction, base_model_name_or_path, base_model_revision)
+
+
+class ShortVLlavaNextConfig(ShortVConfigMixin, LlavaNextConfig):
+    """[`LlavaNextConfig`] with the ShortV fields (see the module's docstring)."""
+
+    model_type = "shortv_llava_next"
+    base_model_type = "llava_next"
+
+    def __init__(
+        self,
+        shortv_layers=(),
+        visual_reduction=None,
+        base_model_name_or_path=None,
+        base_model_revision=None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self._set_shortv_fields(shortv_layers, visual_reduction, base_model_name_or_path, base_model_revision)
+
+
+__all__ = ["ShortVLlavaConfig", "ShortVLlavaNextConfig"]

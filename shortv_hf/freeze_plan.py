@@ -1,0 +1,156 @@
+"""Which tokens of a forward pass are frozen, and what the frozen layers need to compute the others.
+
+Built once per forward pass, with one host synchronisation (the number of text tokens decides the shapes); the layers
+then read it without any. Shapes: B rows, S tokens in the chunk, T text tokens in the row that has the most.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers.masking_utils import find_packed_sequence_indices
+
+
+@dataclass
+class FreezePlan:
+    """Text positions of a chunk, and the operations on them.
+
+    Attributes:
+        layers: ids of the layers that freeze visual tokens.
+        text_positions: `[B, T]`, the positions of each row's text tokens in order. Rows with fewer than T are filled
+            with other positions of the row, which are computed and not written back.
+        is_text: `[B, T]` bool, False at the fillers; `None` when there are none.
+        chunk_length: S.
+    """
+
+    layers: frozenset[int]
+    text_positions: torch.Tensor
+    is_text: torch.Tensor | None
+    chunk_length: int
+    _shared: dict = field(default_factory=dict)  # what is equal in all layers, computed by the first that asks
+
+    @classmethod
+    def build(
+        cls,
+        layers: list[int],
+        visual_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        max_text_tokens: int | None = None,
+    ) -> "FreezePlan | None":
+        """Plan for a chunk with `visual_mask` `[B, S]` bool, or `None` if the chunk holds no visual token.
+
+        Padding (zeros in a 2D `attention_mask` `[B, S]`) needs no computation and is left out like visual tokens are:
+        a row without an image, padded to the length of one with, then costs little. Masks of another shape do not
+        say which tokens are padding; it then counts as text, which costs time and changes nothing else.
+
+        `max_text_tokens` is an upper bound of T for callers that must not synchronise (compiled graphs).
+        """
+        is_text = ~visual_mask
+        if torch.is_tensor(attention_mask) and attention_mask.shape == visual_mask.shape:
+            is_text = is_text & attention_mask.to(device=is_text.device, dtype=torch.bool)
+        exact = False
+        if max_text_tokens is None:
+            *counts, n_visual = torch.cat([is_text.sum(1), visual_mask.sum()[None]]).tolist()
+            if n_visual == 0:
+                return None
+            max_text_tokens = max(*counts, 1)  # no query at all would need its own path through every kernel
+            exact = min(counts) == max_text_tokens
+        # Stable: text tokens first, in order. Fillers are then distinct positions, so that gradients are right.
+        positions = (~is_text).to(torch.uint8).argsort(dim=1, stable=True)[:, :max_text_tokens]
+        return cls(
+            layers=frozenset(layers),
+            text_positions=positions,
+            is_text=None if exact else is_text.gather(1, positions),
+            chunk_length=visual_mask.shape[1],
+        )
+
+    def _positions(self, device: torch.device) -> torch.Tensor:
+        return self.text_positions.to(device)  # layers can live on several devices
+
+    def select_text(self, states: torch.Tensor) -> torch.Tensor:
+        """Rows of the text tokens: `[B or 1, S, d]` → `[B, T, d]`."""
+        return torch.take_along_dim(states, self._positions(states.device)[..., None], dim=1)
+
+    def write_text(self, states: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """A copy of `states` `[B, S, d]` with `text` `[B, T, d]` at the text positions."""
+        index = self._positions(states.device)[..., None].expand_as(text)
+        if self.is_text is not None:
+            text = torch.where(self.is_text.to(states.device)[..., None], text, states.gather(1, index))
+        return states.scatter(1, index, text)
+
+    def text_position_embeddings(self, position_embeddings: tuple[torch.Tensor, torch.Tensor]):
+        """Rotary cos and sin of the text tokens, `[B, T, head_dim]` each."""
+        key = ("rotary", position_embeddings[0].device)
+        if key not in self._shared:
+            self._shared[key] = tuple(self.select_text(part) for part in position_embeddings)
+        return self._shared[key]
+
+    def expand_rows(self, weights: torch.Tensor) -> torch.Tensor:
+        """Attention weights `[B, heads, T, keys]` → `[B, heads, S, keys]`, 0 for tokens that did not attend."""
+        if self.is_text is not None:
+            weights = weights * self.is_text.to(weights.device)[:, None, :, None]
+        full = weights.new_zeros(*weights.shape[:2], self.chunk_length, weights.shape[-1])
+        return full.scatter(2, self._positions(weights.device)[:, None, :, None].expand_as(weights), weights)
+
+    def text_mask(self, attention, attention_mask, key, past_key_values, position_ids) -> torch.Tensor:
+        """The rows of the causal mask at the text positions, `[B, 1, T, keys]`; never an `[S, S]` mask.
+
+        Args:
+            attention: the attention module (its window and implementation).
+            attention_mask: what the parent's mask creation made for this layer: a 4D mask (its rows are taken), a
+                flex-attention `BlockMask` (its function is evaluated at the rows), `None` (plain causal) or the 2D
+                padding mask (FlashAttention).
+            key: the layer's key states after the cache update, `[B, kv_heads, keys, head_dim]`.
+            past_key_values: the cache, or `None`.
+            position_ids: `[B or 1, S]`, to tell packed sequences apart where the mask does not.
+
+        Returns:
+            A bool mask, or an additive one for `eager` and for a custom additive mask.
+        """
+        window = _sliding_window(attention)
+        shared_key = ("mask", window, key.device)
+        if shared_key not in self._shared:
+            mask = self._build_text_mask(attention, attention_mask, key, past_key_values, position_ids, window)
+            if attention.config._attn_implementation == "eager" and mask.dtype == torch.bool:
+                additive = torch.zeros(mask.shape, dtype=key.dtype, device=key.device)
+                mask = additive.masked_fill(~mask, torch.finfo(key.dtype).min)
+            self._shared[shared_key] = mask
+        return self._shared[shared_key]
+
+    def _build_text_mask(self, attention, attention_mask, key, past_key_values, position_ids, window):
+        n_keys, device = key.shape[2], key.device
+        queries = self._positions(device)[:, None, :, None]
+        if torch.is_tensor(attention_mask) and attention_mask.ndim == 4:
+            rows = attention_mask[..., :n_keys].expand(-1, -1, self.chunk_length, -1)
+            rows = torch.take_along_dim(rows, queries, dim=2)
+        elif hasattr(attention_mask, "mask_mod"):  # BlockMask
+            row_ids = torch.arange(queries.shape[0], device=device)[:, None, None, None]
+            keys = torch.arange(n_keys, device=device)
+            rows = attention_mask.mask_mod(row_ids, torch.zeros_like(row_ids), queries, keys)
+        else:
+            # SDPA gets no mask only where the keys start with the chunk (a static cache is longer); FlashAttention
+            # aligns the chunk with the last keys.
+            sdpa = attention.config._attn_implementation == "sdpa"
+            offset = 0 if sdpa else n_keys - self.chunk_length
+            keys = torch.arange(n_keys, device=device)
+            rows = keys <= queries + offset
+            if window is not None:
+                rows = rows & (keys > queries + offset - window)
+            if attention_mask is not None:
+                rows = rows & attention_mask[:, None, None, -n_keys:].to(device=device, dtype=torch.bool)
+            elif not sdpa and past_key_values is None and position_ids is not None:
+                sequence = find_packed_sequence_indices(position_ids)
+                if sequence is not None:
+                    sequence = sequence.to(device).expand(queries.shape[0], -1)
+                    rows = rows & (
+                        sequence.gather(1, queries[:, 0, :, 0])[:, None, :, None] == sequence[:, None, None]
+                    )
+        if self.is_text is not None and rows.dtype == torch.bool:
+            rows = rows | ~self.is_text.to(device)[:, None, :, None]  # a filler with no key at all could give NaN
+        return rows
+
+
+def _sliding_window(attention) -> int | None:
+    """The attention window of a layer: Qwen2 keeps it on the module, Mistral in the config, Llama has none."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    return getattr(attention.config, "sliding_window", None)

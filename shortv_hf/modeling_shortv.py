@@ -1,0 +1,285 @@
+"""ShortV models: Hugging Face LLaVA-1.5 and LLaVA-NeXT with visual tokens frozen in the layers of `config.shortv_layers`.
+
+Reading order: `decoder_layer.py` (the idea), `freeze_plan.py` (which tokens), then this file (where the plan is made).
+"""
+
+import math
+
+import torch
+from torch import nn
+from transformers import (
+    AutoModel,
+    LlamaModel,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    LlavaNextForConditionalGeneration,
+    LlavaNextModel,
+    MistralModel,
+    Qwen2Model,
+)
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
+from transformers.utils import logging
+
+from .base_weights import BaseWeightsMixin
+from .configuration_shortv import (
+    ShortVLlavaConfig,
+    ShortVLlavaNextConfig,
+    validate_shortv_layers,
+    validate_visual_reduction,
+)
+from .decoder_layer import (
+    ShortVLlamaAttention,
+    ShortVLlamaDecoderLayer,
+    ShortVMistralAttention,
+    ShortVMistralDecoderLayer,
+    ShortVQwen2Attention,
+    ShortVQwen2DecoderLayer,
+)
+from .freeze_plan import FreezePlan
+
+
+logger = logging.get_logger(__name__)
+
+
+class ShortVTextModelMixin:
+    """Modifications: the decoder layers and their attention are the ShortV classes. The parent builds them, so the
+    parts and their initialisation are its own; a ShortV layer adds no parameter, only a forward."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for layer in self.layers:
+            layer.__class__ = self.decoder_layer_class
+            layer.self_attn.__class__ = self.attention_class
+
+
+class ShortVLlamaModel(ShortVTextModelMixin, LlamaModel):
+    decoder_layer_class = ShortVLlamaDecoderLayer
+    attention_class = ShortVLlamaAttention
+    _no_split_modules = ["ShortVLlamaDecoderLayer"]
+
+
+class ShortVMistralModel(ShortVTextModelMixin, MistralModel):
+    decoder_layer_class = ShortVMistralDecoderLayer
+    attention_class = ShortVMistralAttention
+    _no_split_modules = ["ShortVMistralDecoderLayer"]
+
+
+class ShortVQwen2Model(ShortVTextModelMixin, Qwen2Model):
+    decoder_layer_class = ShortVQwen2DecoderLayer
+    attention_class = ShortVQwen2Attention
+    _no_split_modules = ["ShortVQwen2DecoderLayer"]
+
+
+TEXT_MODELS = {"llama": ShortVLlamaModel, "mistral": ShortVMistralModel, "qwen2": ShortVQwen2Model}
+
+
+def build_text_model(text_config) -> nn.Module:
+    """The ShortV text model for `text_config`. Raises `ValueError` if its architecture is not supported."""
+    if text_config.model_type not in TEXT_MODELS:
+        raise ValueError(
+            f"text_config.model_type is {text_config.model_type!r}; ShortV supports {', '.join(sorted(TEXT_MODELS))}"
+        )
+    return TEXT_MODELS[text_config.model_type]._from_config(text_config)
+
+
+class ShortVModelMixin:
+    """Modifications: `forward` finds the visual tokens and hands the text model a [`FreezePlan`].
+
+    With frozen layers, `hidden_states` of visual tokens (and of padding) repeat through a frozen layer, and the
+    `attentions` that `eager` returns, `[batch, heads, sequence, keys]` as upstream's, hold zeros in their rows.
+    """
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.FloatTensor | None = None,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        visual_mask: torch.Tensor | None = None,
+        **kwargs,
+    ):
+        """As the parent's, plus:
+
+        visual_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*):
+            True at the positions that hold image features. Only needed with `inputs_embeds` that already contain them;
+            otherwise the positions of the image token are used.
+
+        Raises:
+            ValueError: if image tokens and image features do not match in number, or `visual_mask` does not fit.
+        """
+        if self.config.shortv_layers:
+            features = pixel_values is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None
+            visual_mask = self._get_visual_mask(input_ids, inputs_embeds, features, past_key_values, visual_mask)
+            if visual_mask is not None:
+                kwargs["freeze_plan"] = FreezePlan.build(
+                    self.config.shortv_layers,
+                    visual_mask,
+                    attention_mask,
+                    max_text_tokens=self._max_text_tokens(visual_mask, pixel_values),
+                )
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+
+    def _get_visual_mask(self, input_ids, inputs_embeds, has_features, past_key_values, visual_mask):
+        """The positions that hold image features in this chunk, `[B, S]` bool, or `None` if there are none."""
+        if visual_mask is not None:
+            shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+            if visual_mask.shape != shape:
+                raise ValueError(f"visual_mask has shape {tuple(visual_mask.shape)}; the inputs need {tuple(shape)}")
+            return visual_mask.to(torch.bool)
+        if has_features:
+            if input_ids is not None:
+                return input_ids == self.config.image_token_id
+            token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+        if torch.compiler.is_compiling():
+            return None
+        if input_ids is None:
+            if inputs_embeds is not None and inputs_embeds.shape[1] > 1:
+                logger.warning_once(
+                    "`inputs_embeds` without `visual_mask`: every position counts as text and no token is frozen. "
+                    "Pass `visual_mask` if the embeddings contain image features."
+                )
+        elif input_ids.shape[1] > 1 and (past_key_values is None or past_key_values.get_seq_length() == 0):
+            n_tokens = int((input_ids == self.config.image_token_id).sum())
+            if n_tokens:
+                raise ValueError(f"input_ids hold {n_tokens} image tokens, but no image features were passed")
+        return None
+
+    def _max_text_tokens(self, visual_mask, pixel_values) -> int | None:
+        """Upper bound of the text tokens per row that a compiled graph can know; `None` to count them (a sync)."""
+        if not torch.compiler.is_compiling():
+            return None
+        batch_size, length = visual_mask.shape
+        n_visual = 0
+        if (
+            batch_size == 1
+            and pixel_values is not None
+            and pixel_values.ndim == 4
+            and self.config.base_model_type == "llava"
+        ):
+            vision = self.config.vision_config
+            per_image = (vision.image_size // vision.patch_size) ** 2
+            per_image += self.config.vision_feature_select_strategy == "full"
+            n_visual = pixel_values.shape[0] * per_image
+        return length - n_visual
+
+    def get_placeholder_mask(self, input_ids, inputs_embeds, image_features):
+        """As the parent's, with a check that no environment variable switches off."""
+        if not torch.compiler.is_compiling() and input_ids is not None:
+            n_tokens = int((input_ids == self.config.image_token_id).sum())
+            n_features = image_features.numel() // image_features.shape[-1]
+            if n_tokens != n_features:
+                raise ValueError(
+                    f"image tokens and image features do not match: input_ids hold {n_tokens} image tokens (id "
+                    f"{self.config.image_token_id}), the images give {n_features} features"
+                )
+        return super().get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
+
+
+class ShortVGenerationMixin(BaseWeightsMixin):
+    """Modifications: weights can come from another repo (`base_weights.py`), the frozen layers can be switched at run
+    time, and `generate` takes `visual_mask` beside `inputs_embeds`."""
+
+    def set_shortv_layers(self, shortv_layers: list[int]):
+        """Freeze visual tokens in these decoder layers from now on; `[]` is the dense model. No weight changes.
+
+        Raises:
+            ValueError: if an id is out of range, negative, duplicated or not an integer.
+        """
+        n_layers = self.config.text_config.num_hidden_layers
+        self.config.shortv_layers = validate_shortv_layers(shortv_layers, n_layers)
+
+    def set_visual_reduction(self, visual_reduction: dict | None):
+        """Switch the visual-token reduction method; `None` turns it off. Raises `ValueError` for an unknown one."""
+        self.config.visual_reduction = validate_visual_reduction(visual_reduction)
+
+    def _validate_model_kwargs(self, model_kwargs):
+        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "visual_mask"})
+
+    def prepare_inputs_for_generation(self, *args, visual_mask=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if visual_mask is not None:
+            tokens = inputs.get("inputs_embeds")
+            tokens = inputs["input_ids"] if tokens is None else tokens
+            past = inputs.get("past_key_values")
+            start = 0 if past is None else int(past.get_seq_length())
+            if start < visual_mask.shape[1]:
+                chunk = visual_mask[:, start : start + tokens.shape[1]]
+                # without a cache, the chunk grows by the generated tokens, which are text
+                inputs["visual_mask"] = nn.functional.pad(chunk, (0, tokens.shape[1] - chunk.shape[1]))
+        return inputs
+
+
+class ShortVLlavaModel(ShortVModelMixin, BaseWeightsMixin, LlavaModel):
+    """[`LlavaModel`] whose text model freezes visual tokens in `config.shortv_layers`."""
+
+    config_class = ShortVLlavaConfig
+    _keys_to_ignore_on_load_unexpected = [r"lm_head"]
+
+    def __init__(self, config: ShortVLlavaConfig):
+        config.validate_shortv()
+        super(LlavaModel, self).__init__(config)  # the parent's parts, with another text model
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LlavaMultiModalProjector(config)
+        self.language_model = build_text_model(config.text_config)
+        self.post_init()
+
+
+class ShortVLlavaForConditionalGeneration(ShortVGenerationMixin, LlavaForConditionalGeneration):
+    """[`LlavaForConditionalGeneration`] whose text model freezes visual tokens in `config.shortv_layers`."""
+
+    config_class = ShortVLlavaConfig
+
+    def __init__(self, config: ShortVLlavaConfig):
+        super(LlavaForConditionalGeneration, self).__init__(config)
+        self.model = ShortVLlavaModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+
+class ShortVLlavaNextModel(ShortVModelMixin, BaseWeightsMixin, LlavaNextModel):
+    """[`LlavaNextModel`] whose text model freezes visual tokens, `image_newline` included, in `config.shortv_layers`."""
+
+    config_class = ShortVLlavaNextConfig
+    _keys_to_ignore_on_load_unexpected = [r"lm_head"]
+
+    def __init__(self, config: ShortVLlavaNextConfig):
+        config.validate_shortv()
+        super(LlavaNextModel, self).__init__(config)  # the parent's parts, with another text model
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.multi_modal_projector = LlavaNextMultiModalProjector(config)
+        embed_std = 1 / math.sqrt(config.text_config.hidden_size)
+        self.image_newline = nn.Parameter(torch.randn(config.text_config.hidden_size, dtype=self.dtype) * embed_std)
+        self.vocab_size = config.text_config.vocab_size
+        self.language_model = build_text_model(config.text_config)
+        self.post_init()
+
+
+class ShortVLlavaNextForConditionalGeneration(ShortVGenerationMixin, LlavaNextForConditionalGeneration):
+    """[`LlavaNextForConditionalGeneration`] whose text model freezes visual tokens in `config.shortv_layers`."""
+
+    config_class = ShortVLlavaNextConfig
+
+    def __init__(self, config: ShortVLlavaNextConfig):
+        super(LlavaNextForConditionalGeneration, self).__init__(config)
+        self.model = ShortVLlavaNextModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+
+__all__ = [
+    "ShortVLlavaForConditionalGeneration",
+    "ShortVLlavaModel",
+    "ShortVLlavaNextForConditionalGeneration",
+    "ShortVLlavaNextModel",
+]
