@@ -206,8 +206,8 @@ class ShortVGenerationMixin(BaseWeightsMixin):
     def _validate_model_kwargs(self, model_kwargs):
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "visual_mask"})
 
-    def prepare_inputs_for_generation(self, *args, visual_mask=None, **kwargs):
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, visual_mask=None, **kwargs):
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if visual_mask is not None:
             tokens = inputs.get("inputs_embeds")
             tokens = inputs["input_ids"] if tokens is None else tokens
