@@ -7,6 +7,7 @@ the base lacks, has too much or in another shape is an error: a partly random mo
 import copy
 import json
 
+import transformers
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
@@ -20,6 +21,12 @@ KEY_MAPPING = {
     r"^vision_tower": "model.vision_tower",
     r"^multi_modal_projector": "model.multi_modal_projector",
     r"^image_newline": "model.image_newline",
+}
+# Transformers 5.x saves these vision towers without the level that 4.x has, and reads both.
+VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
+KEY_MAPPING_4 = {
+    r"^model.vision_tower.(?!vision_model)": "model.vision_tower.vision_model.",
+    r"^vision_tower.(?!vision_model)": "model.vision_tower.vision_model.",
 }
 # Where the ShortV repo's own files are found. Its `revision` and `subfolder` mean nothing to the base.
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
@@ -63,7 +70,8 @@ class BaseWeightsMixin:
         the config's; `base_model_name_or_path` may then name another copy of the base, a local directory for example.
         `revision` and `subfolder` belong to the repo that is named here; the base is read at
         `config.base_model_revision`. `trust_remote_code` is never passed on to the base, of which only safetensors
-        are read. A `generation_config.json` of the ShortV repo wins over the base's.
+        are read. `key_mapping` goes before the renames of the known layouts (on Transformers 4.x the first rename that
+        matches is the only one). A `generation_config.json` of the ShortV repo wins over the base's.
 
         Raises:
             ValueError: bad ShortV fields, a base of another architecture, `use_safetensors=False`; any missing,
@@ -85,7 +93,7 @@ class BaseWeightsMixin:
         kwargs.pop("trust_remote_code", None)
         kwargs.pop("code_revision", None)
         wants_info = kwargs.pop("output_loading_info", False)
-        key_mapping = {**(kwargs.pop("key_mapping", None) or {}), **KEY_MAPPING}
+        key_mapping = cls._key_mapping(config, kwargs.pop("key_mapping", None))
         model, info = super().from_pretrained(
             location,
             *model_args,
@@ -105,6 +113,19 @@ class BaseWeightsMixin:
                 except OSError:
                     pass  # the repo has none: the base's stays
         return (model, info) if wants_info else model
+
+    @classmethod
+    def _key_mapping(cls, config, key_mapping: dict[str, str] | None) -> dict[str, str]:
+        """Renames from the known layouts to the module names, behind those of the caller."""
+        known = dict(KEY_MAPPING)
+        if transformers.__version__.startswith("4.") and config.vision_config.model_type in VISION_MODEL_TYPES:
+            known = {**KEY_MAPPING_4, **known}
+        if not cls.can_generate():  # the model without a head, whose modules are one level higher
+            known = {
+                old: new if old.startswith("^model") else new.removeprefix("model.") for old, new in known.items()
+            }
+        key_mapping = dict(key_mapping or {})
+        return key_mapping | {old: new for old, new in known.items() if old not in key_mapping}
 
     @classmethod
     def _prepare_config(cls, path, config, hub_kwargs, kwargs):
