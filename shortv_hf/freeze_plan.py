@@ -38,9 +38,9 @@ class FreezePlan:
     ) -> "FreezePlan | None":
         """Plan for a chunk with `visual_mask` `[B, S]` bool, or `None` if the chunk holds no visual token.
 
-        Padding (zeros in a 2D `attention_mask` `[B, S]`) needs no computation and is left out like visual tokens are:
-        a row without an image, padded to the length of one with, then costs little. Masks of another shape do not
-        say which tokens are padding; it then counts as text, which costs time and changes nothing else.
+        With a 2D `attention_mask` `[B, S]`, padding is left out like visual tokens are: a row without an image, padded
+        to the length of one with, then costs little. Without one, or with a mask of another shape, padding counts as
+        text, which costs time and changes no other token.
 
         `max_text_tokens` is an upper bound of T for callers that must not synchronise (compiled graphs).
         """

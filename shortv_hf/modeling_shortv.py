@@ -110,23 +110,22 @@ class ShortVModelMixin:
         Raises:
             ValueError: if image tokens and image features do not match in number, or `visual_mask` does not fit.
         """
+        plan = None
         if self.config.shortv_layers:
             features = pixel_values is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None
             visual_mask = self._get_visual_mask(input_ids, inputs_embeds, features, past_key_values, visual_mask)
             if visual_mask is not None:
-                kwargs["freeze_plan"] = FreezePlan.build(
-                    self.config.shortv_layers,
-                    visual_mask,
-                    attention_mask,
-                    max_text_tokens=self._max_text_tokens(visual_mask, pixel_values),
-                )
+                # Padding is skipped in inference only: a shifted loss reads the logits of the last padding position.
+                padding_mask = None if torch.is_grad_enabled() else attention_mask
+                bound = self._max_text_tokens(visual_mask, pixel_values)
+                plan = FreezePlan.build(self.config.shortv_layers, visual_mask, padding_mask, bound)
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            **kwargs,
+            **(kwargs if plan is None else {**kwargs, "freeze_plan": plan}),
         )
 
     def _get_visual_mask(self, input_ids, inputs_embeds, has_features, past_key_values, visual_mask):
