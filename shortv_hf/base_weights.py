@@ -75,7 +75,7 @@ class BaseWeightsMixin:
 
         Raises:
             ValueError: bad ShortV fields, a base of another architecture, `use_safetensors=False`; any missing,
-                unexpected or mismatched weight.
+                unexpected or mismatched weight, unless `output_loading_info=True` asks to be told of them instead.
             OSError: a repo or file that cannot be found.
         """
         path = pretrained_model_name_or_path
@@ -104,7 +104,8 @@ class BaseWeightsMixin:
             **location_kwargs,
             **kwargs,
         )
-        _require_complete(info, location)
+        if not wants_info:
+            _require_complete(info, location)
         if location != path:
             model.name_or_path = model.config.name_or_path = str(path)
             if model.can_generate() and kwargs.get("generation_config") is None:

@@ -13,11 +13,12 @@ layer without a plan (a dense layer, a text-only prompt, every decoding step) is
 """
 
 import torch
+from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
-    eager_attention_forward,
+    repeat_kv,
     rotate_half,
 )
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer
@@ -66,13 +67,23 @@ class ShortVAttentionMixin:
 
         # SDPA with an explicit mask whatever the model's implementation: there are fewer queries than keys, and kernels
         # do not agree on how `is_causal` aligns the two. Eager is the one that returns attention weights.
-        eager = self.config._attn_implementation == "eager"
-        attend = eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS["sdpa"]
+        attend = self._attend_eager if self.config._attn_implementation == "eager" else self._attend_sdpa
         mask = freeze_plan.text_mask(self, attention_mask, key, past_key_values, kwargs.get("position_ids"))
+        output, weights = attend(query, key, value, mask, freeze_plan)
+        return self.o_proj(output.reshape(*output.shape[:2], -1)), weights
+
+    def _attend_sdpa(self, query, key, value, mask, freeze_plan):
         dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, is_causal=False)
-        output = self.o_proj(output.reshape(*output.shape[:2], -1).contiguous())
-        return output, freeze_plan.expand_rows(weights) if eager else None
+        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        return sdpa(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, is_causal=False)
+
+    def _attend_eager(self, query, key, value, mask, freeze_plan):
+        key, value = (repeat_kv(states, self.num_key_value_groups) for states in (key, value))
+        scores = query @ key.transpose(2, 3) * self.scaling + mask
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+        weights = nn.functional.dropout(weights, self.attention_dropout, self.training)
+        weights = freeze_plan.expand_rows(weights)  # before their use, so that gradients reach what is returned
+        return (freeze_plan.select_rows(weights) @ value).transpose(1, 2), weights
 
 
 class ShortVDecoderLayerMixin:

@@ -91,6 +91,10 @@ class FreezePlan:
         full = weights.new_zeros(*weights.shape[:2], self.chunk_length, weights.shape[-1])
         return full.scatter(2, self._positions(weights.device)[:, None, :, None].expand_as(weights), weights)
 
+    def select_rows(self, weights: torch.Tensor) -> torch.Tensor:
+        """Rows of the text tokens: `[B, heads, S, keys]` → `[B, heads, T, keys]`."""
+        return torch.take_along_dim(weights, self._positions(weights.device)[:, None, :, None], dim=2)
+
     def text_mask(self, attention, attention_mask, key, past_key_values, position_ids) -> torch.Tensor:
         """The rows of the causal mask at the text positions, `[B, 1, T, keys]`; never an `[S, S]` mask.
 

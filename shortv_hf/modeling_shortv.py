@@ -19,7 +19,8 @@ from transformers import (
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
-from transformers.utils import logging
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, logging
 
 from .base_weights import BaseWeightsMixin
 from .configuration_shortv import (
@@ -99,7 +100,7 @@ class ShortVModelMixin:
         past_key_values=None,
         inputs_embeds: torch.FloatTensor | None = None,
         visual_mask: torch.Tensor | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ):
         """As the parent's, plus:
 
@@ -140,8 +141,12 @@ class ShortVModelMixin:
                 return input_ids == self.config.image_token_id
             token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
             return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
-        if torch.compiler.is_compiling():
-            return None
+        if not torch.compiler.is_compiling():
+            self._warn_if_images_are_missing(input_ids, inputs_embeds, past_key_values)
+        return None
+
+    def _warn_if_images_are_missing(self, input_ids, inputs_embeds, past_key_values):
+        """Prompts without image features are text. Say so where the caller may have meant something else."""
         if input_ids is None:
             if inputs_embeds is not None and inputs_embeds.shape[1] > 1:
                 logger.warning_once(
@@ -149,10 +154,10 @@ class ShortVModelMixin:
                     "Pass `visual_mask` if the embeddings contain image features."
                 )
         elif input_ids.shape[1] > 1 and (past_key_values is None or past_key_values.get_seq_length() == 0):
-            n_tokens = int((input_ids == self.config.image_token_id).sum())
-            if n_tokens:
-                raise ValueError(f"input_ids hold {n_tokens} image tokens, but no image features were passed")
-        return None
+            if (input_ids == self.config.image_token_id).any():
+                logger.warning_once(
+                    "The prompt holds image tokens, but no image features were passed: they count as text."
+                )
 
     def _max_text_tokens(self, visual_mask, pixel_values) -> int | None:
         """Upper bound of the text tokens per row that a compiled graph can know; `None` to count them (a sync)."""

@@ -199,18 +199,25 @@ def test_inputs_embeds_with_pixel_values():
         assert torch.equal(model(**inputs).logits, expected)
 
 
-def test_inputs_embeds_without_visual_mask_warn(caplog):
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"inputs_embeds": torch.randn(1, 6, 32)}, "without `visual_mask`"),
+        ({"input_ids": torch.tensor([[5, IMAGE_TOKEN, 6]])}, "no image features were passed"),
+    ],
+    ids=["embeds", "ids"],
+)
+def test_prompts_without_features_are_text_and_warn(inputs, message, caplog):
     model = make_model(shortv_layers=[0, 2])
-    embeds = torch.randn(1, 6, 32)
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     try:
         with torch.no_grad():
-            logits = model(inputs_embeds=embeds).logits
+            logits = model(**inputs).logits
     finally:
         logger.removeHandler(caplog.handler)
-    assert torch.equal(logits, make_stock(model)(inputs_embeds=embeds).logits)
-    assert "visual_mask" in caplog.text
+    assert torch.equal(logits, make_stock(model)(**inputs).logits)
+    assert message in caplog.text
 
 
 @FAMILY
@@ -264,13 +271,6 @@ class TestBadInput:
             monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", switch)
             with pytest.raises(ValueError, match="15 image tokens.*16 features"):
                 model(**inputs)
-
-    def test_image_tokens_without_image(self):
-        model = make_model(shortv_layers=[0])
-        inputs = make_inputs(model, ["ttItt"])
-        del inputs["pixel_values"]
-        with pytest.raises(ValueError, match="16 image tokens, but no image features"):
-            model(**inputs)
 
     def test_visual_mask_shape(self):
         model = make_model(shortv_layers=[0])

@@ -1,0 +1,80 @@
+"""Transformers' own common model tests on stock LLaVA and on ShortV with a frozen layer.
+
+Not collected with the suite: `scripts/run_common_tests.py` fetches the upstream tests and runs this file beside them.
+"""
+
+import unittest
+
+import torch
+from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaModel
+from transformers.models.auto import modeling_auto
+
+from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration, ShortVLlavaModel
+
+
+# The mixin chooses labels and skips by class name.
+modeling_auto.MODEL_MAPPING_NAMES["shortv_llava"] = "ShortVLlavaModel"
+modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["shortv_llava"] = "ShortVLlavaForConditionalGeneration"
+
+
+class LlavaTester:
+    """Config and inputs of a tiny LLaVA, in the form that the mixin asks for."""
+
+    batch_size, num_channels, image_size, patch_size = 3, 3, 8, 2
+    num_hidden_layers, num_attention_heads, hidden_size, vocab_size = 2, 4, 32, 99
+    image_token_index, n_text_tokens, is_training = 98, 7, True
+    seq_length = encoder_seq_length = (image_size // patch_size) ** 2 + n_text_tokens
+    text_config = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+    vision_config = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
+
+    def __init__(self, config_class, **config_kwargs):
+        self.config_class, self.config_kwargs = config_class, config_kwargs
+
+    def get_config(self):
+        text = LlamaConfig(
+            vocab_size=self.vocab_size, intermediate_size=37, max_position_embeddings=64, num_key_value_heads=4,
+            pad_token_id=1, bos_token_id=2, eos_token_id=3, **self.text_config,
+        )  # fmt: skip
+        vision = CLIPVisionConfig(
+            image_size=self.image_size, patch_size=self.patch_size, intermediate_size=37, projection_dim=32,
+            **self.vision_config,
+        )  # fmt: skip
+        return self.config_class(
+            text_config=text.to_dict(), vision_config=vision.to_dict(), image_token_index=self.image_token_index,
+            image_seq_length=16, vision_feature_layer=-1, pad_token_id=1, **self.config_kwargs,
+        )  # fmt: skip
+
+    def prepare_config_and_inputs_for_common(self):
+        pixels = floats_tensor([self.batch_size, self.num_channels, self.image_size, self.image_size])
+        input_ids = ids_tensor([self.batch_size, self.seq_length], self.image_token_index - 5) + 4
+        input_ids[:, 2:18] = self.image_token_index
+        attention_mask = torch.ones(input_ids.shape, dtype=torch.long, device=input_ids.device)
+        inputs = {"pixel_values": pixels, "input_ids": input_ids, "attention_mask": attention_mask}
+        return self.get_config(), inputs
+
+
+class Common(ModelTesterMixin):
+    is_encoder_decoder = False
+    _is_composite = True
+    test_resize_embeddings = True
+    test_missing_keys = False
+
+    def setUp(self):
+        self.model_tester = LlavaTester(self.config_class, **self.config_kwargs)
+        self.config_tester = None
+
+
+class TestStock(Common, unittest.TestCase):
+    all_model_classes = (LlavaModel, LlavaForConditionalGeneration)
+    config_class, config_kwargs = LlavaConfig, {}
+
+
+class TestShortV(Common, unittest.TestCase):
+    all_model_classes = (ShortVLlavaModel, ShortVLlavaForConditionalGeneration)
+    config_class, config_kwargs = ShortVLlavaConfig, {"shortv_layers": [0]}
+
+
+class TestShortVDense(Common, unittest.TestCase):
+    all_model_classes = (ShortVLlavaModel, ShortVLlavaForConditionalGeneration)
+    config_class, config_kwargs = ShortVLlavaConfig, {"shortv_layers": []}
