@@ -90,8 +90,9 @@ class BaseWeightsMixin:
 
         config, kwargs = cls._prepare_config(path, config, hub_kwargs, kwargs)
         location, location_kwargs = cls._locate_weights(path, config, config_file, hub_kwargs)
-        kwargs.pop("trust_remote_code", None)
-        kwargs.pop("code_revision", None)
+        if location != path:  # these speak of the ShortV repo (`adapter_kwargs` holds its revision)
+            for name in ("adapter_kwargs", "code_revision", "trust_remote_code"):
+                kwargs.pop(name, None)
         wants_info = kwargs.pop("output_loading_info", False)
         key_mapping = cls._key_mapping(config, kwargs.pop("key_mapping", None))
         model, info = super().from_pretrained(
