@@ -62,7 +62,7 @@ class ShortVConfigMixin:
     base_model_type: str  # the model type of the original checkpoints
 
     def _set_shortv_fields(self, shortv_layers, visual_reduction, base_model_name_or_path, base_model_revision):
-        self.shortv_layers = list(shortv_layers) if isinstance(shortv_layers, tuple) else shortv_layers
+        self.shortv_layers = shortv_layers
         self.visual_reduction = visual_reduction
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
@@ -70,7 +70,8 @@ class ShortVConfigMixin:
 
     def validate_shortv(self):
         """Check the ShortV fields against the text model. Raises `ValueError` that names the bad value."""
-        self.shortv_layers = validate_shortv_layers(self.shortv_layers or [], self.text_config.num_hidden_layers)
+        layers = [] if self.shortv_layers is None else self.shortv_layers
+        self.shortv_layers = validate_shortv_layers(layers, self.text_config.num_hidden_layers)
         self.visual_reduction = validate_visual_reduction(self.visual_reduction)
 
     @classmethod

@@ -1,0 +1,106 @@
+"""The config classes: fields, validation, round trips, original checkpoints."""
+
+import json
+
+import numpy as np
+import pytest
+from helpers import FAMILIES, make_config, make_model, make_stock
+from transformers import AutoConfig
+
+from shortv_hf import ShortVLlavaConfig
+
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+@FAMILY
+def test_defaults(family):
+    config = FAMILIES[family][0]()
+    assert config.shortv_layers == [] and config.visual_reduction is None
+    assert config.base_model_name_or_path is None and config.base_model_revision is None
+    assert config.image_token_id == config.image_token_index
+    assert config.model_type == f"shortv_{family}"
+    assert config.text_config.num_hidden_layers == 32
+
+
+@FAMILY
+def test_round_trip(family, tmp_path):
+    config = make_config(family, shortv_layers=[3, 0], base_model_name_or_path="org/base", base_model_revision="abc")
+    config.save_pretrained(tmp_path)
+    for again in (AutoConfig.from_pretrained(tmp_path), FAMILIES[family][0].from_pretrained(tmp_path)):
+        assert type(again) is FAMILIES[family][0]
+        assert again.shortv_layers == [3, 0]
+        assert (again.base_model_name_or_path, again.base_model_revision) == ("org/base", "abc")
+        assert again.text_config.to_dict() == config.text_config.to_dict()
+
+
+@FAMILY
+def test_auto_map_names_every_auto_class_of_both_lines(family, tmp_path):
+    config = make_config(family)
+    config.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    name = FAMILIES[family][1].__name__
+    model_classes = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForVision2Seq")
+    assert {saved[key] for key in model_classes} == {f"modeling_shortv.{name}"}
+    assert saved["AutoConfig"] == f"configuration_shortv.{FAMILIES[family][0].__name__}"
+    assert saved["AutoModel"] == f"modeling_shortv.{name.replace('ForConditionalGeneration', 'Model')}"
+
+
+@FAMILY
+def test_original_checkpoint(family, tmp_path):
+    make_stock(make_model(family)).config.save_pretrained(tmp_path)
+    config = FAMILIES[family][0].from_pretrained(tmp_path, shortv_layers=[2])
+    assert config.model_type == f"shortv_{family}"
+    assert config.base_model_name_or_path == str(tmp_path)
+    assert config.shortv_layers == [2]
+
+
+def test_relative_directories_are_referenced_absolutely(tmp_path, monkeypatch):
+    make_stock(make_model()).config.save_pretrained(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    assert ShortVLlavaConfig.from_pretrained("base").base_model_name_or_path == str(tmp_path / "base")
+
+
+def test_other_model_types_are_refused(tmp_path):
+    make_config().text_config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'llama'.*'shortv_llava'.*'llava'"):
+        ShortVLlavaConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ([4], "4, which is out of range"),
+        ([-1], "-1, which is out of range"),
+        ([1, 2, 1], "1 twice"),
+        ([1.0], "1.0, which is not an integer"),
+        ([True], "True, which is not an integer"),
+        (["3"], "'3', which is not an integer"),
+        ("3,1", "must be a list"),
+        (3, "must be a list"),
+    ],
+    ids=str,
+)
+def test_bad_layers(layers, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_config(shortv_layers=layers)
+    assert "0 to 3" in str(error.value)
+
+
+@pytest.mark.parametrize("layers", [(2, 0), [2, 0], np.array([2, 0])], ids=str)
+def test_layers_become_a_list_of_ints(layers):
+    config = make_config(shortv_layers=layers)
+    assert config.shortv_layers == [2, 0]
+    assert all(type(layer) is int for layer in config.shortv_layers)
+
+
+def test_configs_do_not_share_layers():
+    one, other = ShortVLlavaConfig(), ShortVLlavaConfig()
+    one.shortv_layers.append(3)
+    assert other.shortv_layers == []
+
+
+@pytest.mark.parametrize("reduction", [{"method": "nonsense"}, {}, "fastv"], ids=str)
+def test_bad_reduction(reduction):
+    with pytest.raises(ValueError, match="visual_reduction"):
+        make_config(visual_reduction=reduction)
