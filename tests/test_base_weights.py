@@ -7,9 +7,15 @@ import shutil
 import pytest
 import torch
 import transformers
-from helpers import FAMILIES, make_inputs, make_model, make_stock
+from helpers import FAMILIES, make_config, make_inputs, make_model, make_stock, reference_forward
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForImageTextToText, GenerationConfig
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    LlavaForConditionalGeneration,
+)
 
 from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration, ShortVLlavaModel
 from shortv_hf.hub import build_repo
@@ -177,6 +183,30 @@ def test_disk_offload(checkpoint, tmp_path):
     )
     with torch.no_grad():
         torch.testing.assert_close(loaded(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantization_config(tmp_path, bits):
+    """bitsandbytes on the CPU, from a legacy checkpoint by reference; the frozen layers call quantized linears."""
+    pytest.importorskip("bitsandbytes")
+    config = make_config()
+    config.text_config.hidden_size, config.text_config.intermediate_size = 64, 128  # multiples of the block sizes
+    config.text_config.head_dim = 16
+    torch.manual_seed(0)
+    base = write_checkpoint(tmp_path / "base", ShortVLlavaForConditionalGeneration(config))
+    repo = write_reference(tmp_path / "repo", base)
+    skipped = ["model.vision_tower", "model.multi_modal_projector", "vision_tower", "multi_modal_projector", "lm_head"]
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, llm_int8_skip_modules=skipped)
+    options = {"quantization_config": config, "dtype": torch.float32, "device_map": "cpu"}
+    loaded = AutoModelForImageTextToText.from_pretrained(repo, **options)
+    stock = LlavaForConditionalGeneration.from_pretrained(base, **options)
+    assert "bitsandbytes" in type(loaded.model.language_model.layers[1].mlp.up_proj).__module__
+    inputs = make_inputs(loaded, ["ttItt"])
+    with torch.no_grad():
+        actual, expected = loaded(**inputs).logits, reference_forward(stock, LAYERS, inputs).logits
+        loaded.set_shortv_layers([])
+        assert torch.equal(loaded(**inputs).logits, stock(**inputs).logits)
+    assert (actual - expected).norm() < 0.05 * expected.norm()  # 8-bit rounds activations per batch of tokens
 
 
 def test_key_mapping_of_the_caller(tmp_path):

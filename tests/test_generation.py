@@ -220,22 +220,18 @@ def test_static_cache(family, text, attn):
         assert torch.equal(greedy(model, some, cache_implementation="static"), greedy(model, some))
 
 
-@pytest.mark.parametrize("backend", ["quanto", "hqq"])
-def test_quantized_cache(backend):
-    pytest.importorskip({"quanto": "optimum.quanto", "hqq": "hqq"}[backend])
+def test_quantized_cache():
+    pytest.importorskip("optimum.quanto")
     model = make_model(shortv_layers=LAYERS)
     stock = make_stock(model)
     inputs = make_inputs(model, ["ttItt"])
-    config = {"backend": backend, "nbits": 8 if backend == "hqq" else 4, "q_group_size": 8, "residual_length": 4}
+    config = {"backend": "quanto", "nbits": 4, "q_group_size": 8, "residual_length": 4}
     options = {"cache_implementation": "quantized", "cache_config": config}
-    greedy(stock, inputs, **options)  # supported by stock
+    with discard_updates(stock, LAYERS, inputs["input_ids"] == IMAGE_TOKEN):
+        expected = greedy(stock, inputs, **options)
+    assert torch.equal(greedy(model, inputs, **options), expected)
     model.set_shortv_layers([])
     assert torch.equal(greedy(model, inputs, **options), greedy(stock, inputs, **options))
-    model.set_shortv_layers(LAYERS)
-    with torch.no_grad():
-        first = model.generate(**inputs, max_new_tokens=1, do_sample=False, **options)
-    assert torch.equal(first, greedy(model, inputs, 1))  # the prefill attends to unquantized states
-    assert greedy(model, inputs, **options).shape == greedy(model, inputs).shape
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the offloaded cache needs an accelerator")
