@@ -1,4 +1,4 @@
-"""Write `config.json` and `generation_config.json` of the four ShortV repos of the paper into `hub_configs/`.
+"""Write config, generation config and picture of the four ShortV repos of the paper into `hub_configs/`.
 
     python scripts/make_hub_configs.py [--output hub_configs]
 
@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 from shortv_hf.configuration_shortv import ShortVLlavaConfig, ShortVLlavaNextConfig
+from shortv_hf.plots import draw_frozen_layers
 
 
 VISION = {
@@ -111,6 +112,8 @@ def main():
         for file, content in (("config.json", repo_config(name)), ("generation_config.json", GENERATION_CONFIG)):
             text = json.dumps(content, indent=2, sort_keys=True) + "\n"
             (folder / file).write_text(text, encoding="utf-8")
+        config = REPOS[name][0].from_pretrained(folder)
+        draw_frozen_layers(config, folder / "frozen_layers.png", t=64, v=2880 if "v1.6" in name else 576)
         print(folder)
 
 

@@ -1,5 +1,8 @@
 """The `shortv` command. Needs the `cli` extra."""
 
+from dataclasses import asdict
+from functools import partial
+from json import dumps
 from pathlib import Path
 from typing import Annotated
 
@@ -22,15 +25,9 @@ def shortv():
 
 def _load_config(model: str, revision: str | None = None):
     """The ShortV config of a ShortV repo or an original checkpoint; loads no weights."""
-    from transformers import PretrainedConfig
+    from .chat import model_classes
 
-    from .configuration_shortv import ShortVLlavaConfig, ShortVLlavaNextConfig
-
-    model_type = PretrainedConfig.get_config_dict(model, revision=revision)[0].get("model_type")
-    for config_class in (ShortVLlavaConfig, ShortVLlavaNextConfig):
-        if model_type in (config_class.model_type, config_class.base_model_type):
-            return config_class.from_pretrained(model, revision=revision)
-    raise ValueError(f"{model} has model_type {model_type!r}; ShortV supports LLaVA-1.5 and LLaVA-NeXT")
+    return model_classes(model, revision=revision)[0].from_pretrained(model, revision=revision)
 
 
 def _parse_layers(layers: str) -> list[int]:
@@ -38,6 +35,77 @@ def _parse_layers(layers: str) -> list[int]:
         return [int(part) for part in layers.split(",") if part.strip()]
     except ValueError:
         raise ValueError(f"--layers takes layer ids separated by commas, got {layers!r}") from None
+
+
+@app.command()
+def chat(
+    model: Annotated[str | None, typer.Option(help="Hub id or directory; default: the demonstration model.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option(help="Path or URL of a picture; may be given several times.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="One question; without it, a conversation.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Frozen layers, e.g. 31,29,30; default: the config's.")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="Freeze nothing.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Ask the dense model and ShortV.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+):
+    """Ask a model about pictures: one answer, dense and ShortV compared, or a conversation that keeps its cache."""
+    from . import chat as chats
+
+    if dense and (compare or layers is not None):
+        raise ValueError("--dense freezes nothing; it goes with neither --compare nor --layers")
+    if prompt is None and (compare or json):
+        raise ValueError("--compare and --json need a --prompt")
+    chosen = [] if dense else None if layers is None else _parse_layers(layers)
+    images = chats.load_images(image or [])
+    model, processor = chats.load(model or chats.demo_model(), chosen, device, dtype)
+    if compare:
+        _print_comparison(chats.compare(model, processor, prompt, images, max_new_tokens), json)
+        return
+    conversation = chats.Conversation(model, processor, max_new_tokens)
+    if prompt is not None:
+        answer = conversation.ask(prompt, images, on_text=None if json else partial(print, end="", flush=True))
+        if json:
+            fields = {**asdict(answer), "shortv_layers": model.config.shortv_layers}
+            fields.pop("token_ids")
+            print(dumps(fields))
+        else:
+            print()
+        return
+    Console(stderr=True).print("[dim]Ask about the pictures. An empty line ends the conversation.[/dim]")
+    while True:
+        try:
+            question = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            question = ""
+        if not question:
+            return
+        conversation.ask(question, images, on_text=partial(print, end="", flush=True))
+        images = []
+        print()
+
+
+def _print_comparison(result: dict, as_json: bool):
+    if as_json:
+        print(dumps(result))
+        return
+    title = f"{result['prompt_tokens']} prompt tokens, {result['visual_tokens']} of them visual"
+    table = Table(title=title)
+    for column in ("", "answer", "time to first token", "prefill GFLOPs", "frozen layers"):
+        table.add_column(column, justify="left" if column in ("", "answer") else "right")
+    for name, label in (("dense", "dense"), ("shortv", "ShortV")):
+        row = result[name]
+        time, flops = f"{1000 * row['time_to_first_token_s']:.1f} ms", f"{row['prefill_flops'] / 1e9:.3f}"
+        table.add_row(label, row["answer"], time, flops, str(len(row["shortv_layers"])))
+    console = Console()
+    console.print(table)
+    time = result["dense"]["time_to_first_token_s"] / result["shortv"]["time_to_first_token_s"]
+    flops = result["shortv"]["prefill_flops"] / result["dense"]["prefill_flops"]
+    agree = "the answers agree" if result["answers_agree"] else "the answers differ"
+    console.print(f"ShortV: {time:.2f}x to the first token, {flops:.1%} of the prefill's FLOPs; {agree}")
 
 
 @app.command()
@@ -90,7 +158,7 @@ def main():
     try:
         app()
     except (OSError, ValueError) as error:
-        raise SystemExit(f"shortv: {error}") from None
+        raise SystemExit(f"shortv: {str(error).splitlines()[0]}") from None
 
 
 if __name__ == "__main__":

@@ -1,0 +1,259 @@
+"""Answers of a model about images: one at a time, compared with the dense model, or in a conversation with its cache.
+
+Used by `shortv chat`. Works with every model this package loads: ShortV repos and original LLaVA checkpoints.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoProcessor, DynamicCache, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.generation.streamers import BaseStreamer
+from transformers.image_utils import load_image
+
+from .configuration_shortv import ShortVLlavaConfig, ShortVLlavaNextConfig
+from .modeling_shortv import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
+
+
+MODEL_CLASSES = (
+    (ShortVLlavaConfig, ShortVLlavaForConditionalGeneration),
+    (ShortVLlavaNextConfig, ShortVLlavaNextForConditionalGeneration),
+)
+
+
+def demo_model() -> str:
+    """Directory of the demonstration model: inside an installed package, or beside it in a checkout.
+
+    Raises:
+        ValueError: if it is in neither place.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "demo", package.parent / "hub_configs" / "shortv-shapes-demo"):
+        if (folder / "config.json").is_file():
+            return str(folder)
+    raise ValueError("the demonstration model is not installed; name a model")
+
+
+def model_classes(model: str, **hub_kwargs) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+    """Config and model class for a ShortV repo or an original checkpoint (Hub id or directory); loads no weights.
+
+    Raises:
+        ValueError: if it is neither LLaVA-1.5 nor LLaVA-NeXT.
+        OSError: if it cannot be found.
+    """
+    model_type = PretrainedConfig.get_config_dict(model, **hub_kwargs)[0].get("model_type")
+    for config_class, model_class in MODEL_CLASSES:
+        if model_type in (config_class.model_type, config_class.base_model_type):
+            return config_class, model_class
+    raise ValueError(f"{model} has model_type {model_type!r}; ShortV supports LLaVA-1.5 and LLaVA-NeXT")
+
+
+def load(model: str, layers: list[int] | None = None, device: str = "cpu", dtype: str = "auto"):
+    """Model and processor, ready to answer.
+
+    Args:
+        model: Hub id or directory.
+        layers: frozen layers instead of the config's.
+        device: a torch device, or "auto" to spread the model over what there is.
+        dtype: name of a torch dtype, or "auto" for the checkpoint's.
+
+    Raises:
+        ValueError, OSError: as `from_pretrained`, and for an unknown dtype or device.
+    """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
+    if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    _, model_class = model_classes(model)
+    options = {} if layers is None else {"shortv_layers": layers}
+    loaded = model_class.from_pretrained(model, dtype=dtype, device_map=device, **options)
+    return loaded.eval(), AutoProcessor.from_pretrained(model)
+
+
+def load_images(names: list[str]) -> list:
+    """RGB images from paths or URLs. Raises `ValueError` that names the one that cannot be read."""
+    images = []
+    for name in names:
+        try:
+            images.append(load_image(str(name)).convert("RGB"))
+        except Exception as error:  # as many kinds as there are broken files and servers
+            missing = "://" not in str(name) and not Path(name).exists()
+            reason = "no such file" if missing else f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            raise ValueError(f"cannot read the image {name}: {reason}") from None
+    return images
+
+
+@contextmanager
+def frozen_layers(model: PreTrainedModel, layers: list[int]) -> Iterator[PreTrainedModel]:
+    """The model with other frozen layers, for a while."""
+    before = model.config.shortv_layers
+    model.set_shortv_layers(layers)
+    try:
+        yield model
+    finally:
+        model.set_shortv_layers(before)
+
+
+class _Stream(BaseStreamer):
+    """Times the first token and hands new text to `on_text`."""
+
+    def __init__(self, processor: ProcessorMixin, on_text: Callable[[str], None] | None):
+        self.processor, self.on_text = processor, on_text
+        self.tokens, self.printed, self.prompt_seen = [], "", False
+        self.start, self.first_token = time.perf_counter(), None
+
+    def put(self, value):
+        if not self.prompt_seen:
+            self.prompt_seen = True
+            return
+        if self.first_token is None:
+            self.first_token = time.perf_counter() - self.start
+        self.tokens += value.flatten().tolist()
+        if self.on_text is not None:
+            text = self.processor.decode(self.tokens, skip_special_tokens=True)
+            if not text.endswith("\ufffd"):  # half of a character
+                self.on_text(text[len(self.printed) :])
+                self.printed = text
+
+    def end(self):
+        pass
+
+
+@dataclass
+class Answer:
+    """What the model said.
+
+    Attributes:
+        text: the answer.
+        token_ids: its tokens.
+        time_to_first_token: seconds, vision tower and prefill included.
+        time_per_output_token: seconds per token after the first; `None` for one token.
+        prompt_tokens: length of the prompt, visual tokens included.
+        visual_tokens: how many of them hold image features.
+    """
+
+    text: str
+    token_ids: list[int]
+    time_to_first_token: float
+    time_per_output_token: float | None
+    prompt_tokens: int
+    visual_tokens: int
+
+
+@dataclass
+class Conversation:
+    """A chat that keeps its KV cache: a new turn computes its own tokens only."""
+
+    model: PreTrainedModel
+    processor: ProcessorMixin
+    max_new_tokens: int = 256
+    messages: list[dict] = field(default_factory=list)
+    _text: str = ""
+    _ids: torch.Tensor | None = None
+    _cache: DynamicCache | None = None
+
+    @torch.inference_mode()
+    def ask(self, prompt: str, images: list = (), on_text: Callable[[str], None] | None = None) -> Answer:
+        """Ask the next question, about `images` too if there are new ones. Greedy decoding."""
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
+        messages = [*self.messages, {"role": "user", "content": content}]
+        inputs, text = self._encode(messages, images)
+        stream = _Stream(self.processor, on_text)
+        n_cached = self._cache.get_seq_length()
+        new = inputs["input_ids"][:, n_cached:]
+        if n_cached and images:  # a later image: `generate` would not hand it on
+            chunk = {**inputs, "input_ids": new[:, :-1], "attention_mask": inputs["attention_mask"][:, :-1]}
+            self.model(**chunk, past_key_values=self._cache, logits_to_keep=1)
+            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        output = self.model.generate(
+            **inputs,
+            past_key_values=self._cache,
+            max_new_tokens=self.max_new_tokens,
+            do_sample=False,
+            streamer=stream,
+        )
+        total = time.perf_counter() - stream.start
+        token_ids = stream.tokens
+        answer = self.processor.decode(token_ids, skip_special_tokens=True).strip()
+        self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+        # The end token is the template's to write. The answer's last token is known, but not in the cache yet.
+        end = self.model.generation_config.eos_token_id
+        ended = token_ids[-1] in (end if isinstance(end, list) else [end])
+        self._ids, self._text = output[:, :-1] if ended else output, text + answer
+        return Answer(
+            text=answer,
+            token_ids=token_ids,
+            time_to_first_token=stream.first_token,
+            time_per_output_token=(total - stream.first_token) / (len(token_ids) - 1) if len(token_ids) > 1 else None,
+            prompt_tokens=inputs["input_ids"].shape[1],
+            visual_tokens=int((inputs["input_ids"] == self.model.config.image_token_id).sum()),
+        )
+
+    def _encode(self, messages: list[dict], images: list) -> tuple[dict, str]:
+        """Model inputs for the whole conversation, and its text. Tokens that are in the cache are not made again: the
+        answer's text can be cut into other tokens than the model chose."""
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        if self._ids is None or not text.startswith(self._text):
+            self._cache, known = DynamicCache(config=self.model.config), None
+            new_text = text
+        else:
+            known, new_text = self._ids, text[len(self._text) :]
+        options = {"images": images} if images else {}
+        if known is not None:
+            options["add_special_tokens"] = False
+        inputs = dict(self.processor(text=new_text, return_tensors="pt", **options).to(self.model.device))
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        if known is not None:
+            inputs["input_ids"] = torch.cat([known, inputs["input_ids"]], dim=1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        return inputs, text
+
+
+@torch.inference_mode()
+def count_prefill_flops(model: PreTrainedModel, processor: ProcessorMixin, prompt: str, images: list = ()) -> int:
+    """FLOPs of the language model's layers in one prefill, counted by `torch.utils.flop_counter`."""
+    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
+    inputs, _ = Conversation(model, processor)._encode([{"role": "user", "content": content}], images)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it cannot see fused CPU attention
+        model.model(**inputs, use_cache=False)
+    counts = counter.get_flop_counts()
+    return sum(sum(counts[name].values()) for name in counts if name.endswith("language_model"))
+
+
+def compare(
+    model: PreTrainedModel, processor: ProcessorMixin, prompt: str, images: list, max_new_tokens: int, repeats: int = 3
+) -> dict:
+    """The same question to the dense model and to ShortV: answers, median time to first token, counted FLOPs.
+
+    The two are asked in turn, `repeats` times each after one round that warms up.
+    """
+    variants = {"dense": [], "shortv": list(model.config.shortv_layers)}
+    answers = {name: [] for name in variants}
+    for _ in range(repeats + 1):
+        for name, layers in variants.items():
+            with frozen_layers(model, layers):
+                answers[name].append(Conversation(model, processor, max_new_tokens).ask(prompt, images))
+    result = {}
+    for name, layers in variants.items():
+        times = sorted(answer.time_to_first_token for answer in answers[name][1:])
+        with frozen_layers(model, layers):
+            flops = count_prefill_flops(model, processor, prompt, images)
+        result[name] = {
+            "answer": answers[name][-1].text,
+            "time_to_first_token_s": times[len(times) // 2],
+            "prefill_flops": flops,
+            "shortv_layers": layers,
+        }
+    last = answers["shortv"][-1]
+    result["prompt_tokens"], result["visual_tokens"] = last.prompt_tokens, last.visual_tokens
+    result["answers_agree"] = answers["dense"][-1].token_ids == last.token_ids
+    return result
