@@ -32,8 +32,8 @@ KEY_MAPPING_4 = {
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # These are config attributes too, but say how to load.
 LOADER_KWARGS = ("attn_implementation", "dtype", "quantization_config", "torch_dtype")
-# Config fields that decide the shapes of weights.
-SHAPE_FIELDS = {
+# Config fields that have to be those of the base: they decide the shapes of weights, or what the weights mean.
+ARCHITECTURE = {
     "text_config": (
         "model_type",
         "vocab_size",
@@ -42,6 +42,8 @@ SHAPE_FIELDS = {
         "num_hidden_layers",
         "num_attention_heads",
         "num_key_value_heads",
+        "hidden_act",
+        "rms_norm_eps",
     ),
     "vision_config": (
         "model_type",
@@ -51,6 +53,7 @@ SHAPE_FIELDS = {
         "num_attention_heads",
         "image_size",
         "patch_size",
+        "hidden_act",
     ),
 }
 
@@ -83,23 +86,27 @@ class BaseWeightsMixin:
         config_file = None
         if path is not None:
             config_file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        if config_file is None:  # a bare state dict, or a directory that the parent can say more about
-            return super().from_pretrained(path, *model_args, config=config, **hub_kwargs, **kwargs)
+        if config_file is None:
+            return cls._load_without_config(path, model_args, config, hub_kwargs, kwargs)
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("use_safetensors=False: ShortV models read weights from safetensors files only")
 
         config, kwargs = cls._prepare_config(path, config, hub_kwargs, kwargs)
         location, location_kwargs = cls._locate_weights(path, config, config_file, hub_kwargs)
-        if location != path:  # these speak of the ShortV repo (`adapter_kwargs` holds its revision)
-            for name in ("adapter_kwargs", "code_revision", "trust_remote_code"):
-                kwargs.pop(name, None)
+        if location != path:  # these speak of the ShortV repo
+            kwargs.pop("code_revision", None)
+            kwargs.pop("trust_remote_code", None)
+            if kwargs.get("adapter_kwargs"):
+                dropped = ("revision", "_commit_hash")
+                kept = {name: value for name, value in kwargs["adapter_kwargs"].items() if name not in dropped}
+                kwargs["adapter_kwargs"] = kept
         wants_info = kwargs.pop("output_loading_info", False)
-        key_mapping = cls._key_mapping(config, kwargs.pop("key_mapping", None))
+        own_key_mapping = kwargs.pop("key_mapping", None)
         model, info = super().from_pretrained(
             location,
             *model_args,
             config=config,
-            key_mapping=key_mapping,
+            key_mapping=cls._key_mapping(config, own_key_mapping),
             use_safetensors=True,
             output_loading_info=True,
             **location_kwargs,
@@ -107,13 +114,39 @@ class BaseWeightsMixin:
         )
         if not wants_info:
             _require_complete(info, location)
+        if own_key_mapping and hasattr(model, "_weight_conversions"):
+            del model._weight_conversions  # 5.x would save under the caller's names, which no reload knows
         if location != path:
             model.name_or_path = model.config.name_or_path = str(path)
-            if model.can_generate() and kwargs.get("generation_config") is None:
-                try:
-                    model.generation_config = GenerationConfig.from_pretrained(path, **hub_kwargs)
-                except OSError:
-                    pass  # the repo has none: the base's stays
+            own_file = cached_file(
+                path, "generation_config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs
+            )
+            if own_file is not None and model.can_generate() and kwargs.get("generation_config") is None:
+                model.generation_config = GenerationConfig.from_pretrained(path, **hub_kwargs)
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _load_without_config(cls, path, model_args, config, hub_kwargs, kwargs):
+        """A state dict, an adapter, or a path that holds nothing to load."""
+        find = {"_raise_exceptions_for_missing_entries": False, **hub_kwargs}
+        adapter_file = None if path is None else cached_file(path, "adapter_config.json", **find)
+        if adapter_file is not None:  # as the Auto classes do: load its base, then the adapter
+            with open(adapter_file, encoding="utf-8") as file:
+                base = json.load(file)["base_model_name_or_path"]
+            hub_kwargs = {name: value for name, value in hub_kwargs.items() if name not in ("revision", "subfolder")}
+            adapter_kwargs = {**(kwargs.pop("adapter_kwargs", None) or {}), "_adapter_model_path": path}
+            return cls.from_pretrained(
+                base, *model_args, config=config, adapter_kwargs=adapter_kwargs, **hub_kwargs, **kwargs
+            )
+        if path is not None:
+            return super().from_pretrained(path, *model_args, config=config, **hub_kwargs, **kwargs)
+        wants_info = kwargs.pop("output_loading_info", False)
+        key_mapping = cls._key_mapping(config, kwargs.pop("key_mapping", None))
+        model, info = super().from_pretrained(
+            None, *model_args, config=config, key_mapping=key_mapping, output_loading_info=True, **kwargs
+        )
+        if not wants_info:
+            _require_complete(info, "the state dict")
         return (model, info) if wants_info else model
 
     @classmethod
@@ -163,12 +196,16 @@ class BaseWeightsMixin:
         if own.get("base_model_name_or_path") is None:  # holds its own weights, whatever the config was made from
             config.base_model_name_or_path = config.base_model_revision = None
             return path, hub_kwargs
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = own["base_model_name_or_path"]
         base = config.base_model_name_or_path
+        if base != own["base_model_name_or_path"] and config.base_model_revision == own.get("base_model_revision"):
+            config.base_model_revision = None  # the commit of another repo
         base_kwargs = {k: v for k, v in hub_kwargs.items() if k not in ("revision", "subfolder")}
         if config.base_model_revision is not None:
             base_kwargs["revision"] = config.base_model_revision
         base_config = cls.config_class.from_pretrained(base, **base_kwargs)  # refuses another model type
-        for part, names in SHAPE_FIELDS.items():
+        for part, names in ARCHITECTURE.items():
             for name in names:
                 expected = getattr(getattr(config, part), name, None)
                 found = getattr(getattr(base_config, part), name, None)

@@ -26,19 +26,6 @@ MODEL_CLASSES = (
 )
 
 
-def demo_model() -> str:
-    """Directory of the demonstration model: inside an installed package, or beside it in a checkout.
-
-    Raises:
-        ValueError: if it is in neither place.
-    """
-    package = Path(__file__).parent
-    for folder in (package / "demo", package.parent / "hub_configs" / "shortv-shapes-demo"):
-        if (folder / "config.json").is_file():
-            return str(folder)
-    raise ValueError("the demonstration model is not installed; name a model")
-
-
 def model_classes(model: str, **hub_kwargs) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
     """Config and model class for a ShortV repo or an original checkpoint (Hub id or directory); loads no weights.
 
@@ -156,6 +143,7 @@ class Conversation:
     processor: ProcessorMixin
     max_new_tokens: int = 256
     messages: list[dict] = field(default_factory=list)
+    _images: list = field(default_factory=list)
     _text: str = ""
     _ids: torch.Tensor | None = None
     _cache: DynamicCache | None = None
@@ -165,11 +153,12 @@ class Conversation:
         """Ask the next question, about `images` too if there are new ones. Greedy decoding."""
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
         messages = [*self.messages, {"role": "user", "content": content}]
-        inputs, text = self._encode(messages, images)
+        self._images += images
+        inputs = self._encode(messages, images)
         stream = _Stream(self.processor, on_text)
         n_cached = self._cache.get_seq_length()
         new = inputs["input_ids"][:, n_cached:]
-        if n_cached and images:  # a later image: `generate` would not hand it on
+        if n_cached and "pixel_values" in inputs:  # a later image: `generate` would not hand it on
             chunk = {**inputs, "input_ids": new[:, :-1], "attention_mask": inputs["attention_mask"][:, :-1]}
             self.model(**chunk, past_key_values=self._cache, logits_to_keep=1)
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -187,7 +176,10 @@ class Conversation:
         # The end token is the template's to write. The answer's last token is known, but not in the cache yet.
         end = self.model.generation_config.eos_token_id
         ended = token_ids[-1] in (end if isinstance(end, list) else [end])
-        self._ids, self._text = output[:, :-1] if ended else output, text + answer
+        self._ids = output[:, :-1] if ended else output
+        # What the template makes of the conversation up to the end of this answer
+        text = self.processor.apply_chat_template(self.messages, add_generation_prompt=False)
+        self._text = text[: text.rindex(answer) + len(answer)]
         return Answer(
             text=answer,
             token_ids=token_ids,
@@ -197,32 +189,32 @@ class Conversation:
             visual_tokens=int((inputs["input_ids"] == self.model.config.image_token_id).sum()),
         )
 
-    def _encode(self, messages: list[dict], images: list) -> tuple[dict, str]:
-        """Model inputs for the whole conversation, and its text. Tokens that are in the cache are not made again: the
-        answer's text can be cut into other tokens than the model chose."""
+    def _encode(self, messages: list[dict], images: list) -> dict:
+        """Model inputs for the whole conversation. Tokens that are in the cache are not made again: the answer's text
+        can be cut into other tokens than the model chose. Pixels are those of new images, with the cache they go on."""
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        if self._ids is None or not text.startswith(self._text):
-            self._cache, known = DynamicCache(config=self.model.config), None
-            new_text = text
+        known = self._ids if self._ids is not None and text.startswith(self._text) else None
+        if known is None:  # the first turn, or a template that rewrites earlier ones
+            self._cache, images = DynamicCache(config=self.model.config), self._images or images
         else:
-            known, new_text = self._ids, text[len(self._text) :]
+            text = text[len(self._text) :]
         options = {"images": images} if images else {}
         if known is not None:
             options["add_special_tokens"] = False
-        inputs = dict(self.processor(text=new_text, return_tensors="pt", **options).to(self.model.device))
+        inputs = dict(self.processor(text=text, return_tensors="pt", **options).to(self.model.device))
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         if known is not None:
             inputs["input_ids"] = torch.cat([known, inputs["input_ids"]], dim=1)
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        return inputs, text
+        return inputs
 
 
 @torch.inference_mode()
 def count_prefill_flops(model: PreTrainedModel, processor: ProcessorMixin, prompt: str, images: list = ()) -> int:
     """FLOPs of the language model's layers in one prefill, counted by `torch.utils.flop_counter`."""
     content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
-    inputs, _ = Conversation(model, processor)._encode([{"role": "user", "content": content}], images)
+    inputs = Conversation(model, processor)._encode([{"role": "user", "content": content}], images)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it cannot see fused CPU attention
         model.model(**inputs, use_cache=False)
     counts = counter.get_flop_counts()

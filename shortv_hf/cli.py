@@ -39,7 +39,7 @@ def _parse_layers(layers: str) -> list[int]:
 
 @app.command()
 def chat(
-    model: Annotated[str | None, typer.Option(help="Hub id or directory; default: the demonstration model.")] = None,
+    model: Annotated[str, typer.Option(help="Hub id or directory of a ShortV repo or a LLaVA checkpoint.")],
     image: Annotated[
         list[str] | None, typer.Option(help="Path or URL of a picture; may be given several times.")
     ] = None,
@@ -61,15 +61,15 @@ def chat(
         raise ValueError("--compare and --json need a --prompt")
     chosen = [] if dense else None if layers is None else _parse_layers(layers)
     images = chats.load_images(image or [])
-    model, processor = chats.load(model or chats.demo_model(), chosen, device, dtype)
+    loaded, processor = chats.load(model, chosen, device, dtype)
     if compare:
-        _print_comparison(chats.compare(model, processor, prompt, images, max_new_tokens), json)
+        _print_comparison(chats.compare(loaded, processor, prompt, images, max_new_tokens), json)
         return
-    conversation = chats.Conversation(model, processor, max_new_tokens)
+    conversation = chats.Conversation(loaded, processor, max_new_tokens)
     if prompt is not None:
         answer = conversation.ask(prompt, images, on_text=None if json else partial(print, end="", flush=True))
         if json:
-            fields = {**asdict(answer), "shortv_layers": model.config.shortv_layers}
+            fields = {**asdict(answer), "shortv_layers": loaded.config.shortv_layers}
             fields.pop("token_ids")
             print(dumps(fields))
         else:
@@ -143,11 +143,17 @@ def build_repo(
     processor_dir: Annotated[Path | None, typer.Option(help="Local directory with the processor files.")] = None,
 ):
     """Write a repo (config, code, processor files) that references the weights of an original checkpoint."""
+    from huggingface_hub import snapshot_download
+
     from . import hub
 
     config = _load_config(model, revision)
     config.shortv_layers = _parse_layers(layers)
-    if processor_dir is None and any((Path(model) / name).is_file() for name in hub.PROCESSOR_FILES):
+    config.validate_shortv()
+    if processor_dir is None and not Path(model).is_dir():
+        files = [*hub.PROCESSOR_FILES, "generation_config.json"]
+        processor_dir = Path(snapshot_download(model, revision=config.base_model_revision, allow_patterns=files))
+    elif processor_dir is None and any((Path(model) / name).is_file() for name in hub.PROCESSOR_FILES):
         processor_dir = Path(model)
     hub.build_repo(config, output, processor_dir)
     print(f"{output}: freezes {len(config.shortv_layers)} layers, weights from {config.base_model_name_or_path}")

@@ -56,6 +56,17 @@ def local_path_or_id(name: str | os.PathLike) -> str:
     return os.path.abspath(name) if os.path.isdir(name) else str(name)
 
 
+def with_both_rope_layouts(text_config: dict) -> dict:
+    """Rotary settings in the fields of both lines: 5.x reads and writes `rope_parameters`, 4.x `rope_theta` and
+    `rope_scaling`, and each silently takes its default for what it does not find."""
+    rope = text_config.get("rope_parameters")
+    if not rope or "rope_theta" not in rope:
+        return text_config
+    kind = rope.get("rope_type", "default")
+    scaling = None if kind == "default" else {name: value for name, value in rope.items() if name != "rope_theta"}
+    return {**text_config, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
+
+
 class ShortVConfigMixin:
     """What the ShortV configs add to their Hugging Face parents: validation, and how they are read and written."""
 
@@ -81,6 +92,8 @@ class ShortVConfigMixin:
         subfolder = kwargs.get("subfolder", "")
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type")
+        if isinstance(config_dict.get("text_config"), dict):
+            config_dict = {**config_dict, "text_config": with_both_rope_layouts(config_dict["text_config"])}
         if model_type == cls.base_model_type:
             name = os.fspath(pretrained_model_name_or_path)
             commit = None
@@ -103,9 +116,22 @@ class ShortVConfigMixin:
             )
         return config_dict, kwargs
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As the parent's; fields that `kwargs` override are validated too."""
+        result = super().from_dict(config_dict, **kwargs)
+        (result[0] if isinstance(result, tuple) else result).validate_shortv()
+        return result
+
+    def save_pretrained(self, *args, **kwargs):
+        """As the parent's. Raises `ValueError` rather than write bad fields."""
+        self.validate_shortv()
+        super().save_pretrained(*args, **kwargs)
+
     def to_dict(self):
         """The parent's dict, with the `auto_map` by which the Auto classes of both Transformers lines find the code."""
         output = super().to_dict()
+        output["text_config"] = with_both_rope_layouts(output["text_config"])
         model = type(self).__name__.removesuffix("Config")
         generation_class = f"modeling_shortv.{model}ForConditionalGeneration"
         output["auto_map"] = {

@@ -89,12 +89,10 @@ class ShortVAttentionMixin:
 class ShortVDecoderLayerMixin:
     """Modifications: given a plan that names this layer, visual tokens skip it."""
 
-    def forward(
-        self, hidden_states: torch.Tensor, *args, freeze_plan: FreezePlan | None = None, **kwargs
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, freeze_plan: FreezePlan | None = None, **kwargs) -> torch.Tensor:
         """`hidden_states` `[B, S, h]` → `[B, S, h]`, out of place."""
         if freeze_plan is None or self.self_attn.layer_idx not in freeze_plan.layers:
-            return super().forward(hidden_states, *args, **kwargs)
+            return super().forward(hidden_states, **kwargs)
 
         text = freeze_plan.select_text(hidden_states)
         attention_output, _ = self.self_attn(

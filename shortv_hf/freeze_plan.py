@@ -75,7 +75,7 @@ class FreezePlan:
         index = self._positions(states.device)[..., None].expand_as(text)
         if self.is_text is not None:
             text = torch.where(self.is_text.to(states.device)[..., None], text, states.gather(1, index))
-        return states.scatter(1, index, text)
+        return states.to(text.dtype).scatter(1, index, text)  # a layer may have promoted the text
 
     def text_position_embeddings(self, position_embeddings: tuple[torch.Tensor, torch.Tensor]):
         """Rotary cos and sin of the text tokens, `[B, T, head_dim]` each."""
@@ -131,10 +131,10 @@ class FreezePlan:
             keys = torch.arange(n_keys, device=device)
             rows = attention_mask.mask_mod(row_ids, torch.zeros_like(row_ids), queries, keys)
         else:
-            # SDPA gets no mask only where the keys start with the chunk (a static cache is longer); FlashAttention
-            # aligns the chunk with the last keys.
+            # Without a mask, SDPA means that the keys start with the chunk (a static cache is longer), except for a
+            # chunk of one token, which sees all keys. FlashAttention aligns the chunk with the last keys.
             sdpa = attention.config._attn_implementation == "sdpa"
-            offset = 0 if sdpa else n_keys - self.chunk_length
+            offset = 0 if sdpa and self.chunk_length > 1 else n_keys - self.chunk_length
             keys = torch.arange(n_keys, device=device)
             rows = keys <= queries + offset
             if window is not None:

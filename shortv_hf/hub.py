@@ -1,6 +1,7 @@
 """Building the small Hub repos: a config, the code files, and the processor files of the base checkpoint."""
 
 import ast
+import copy
 import shutil
 from pathlib import Path
 
@@ -73,6 +74,7 @@ def build_repo(config: PretrainedConfig, output_dir: str | Path, processor_dir: 
 
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(config)
     config.architectures = [type(config).__name__.replace("Config", "ForConditionalGeneration")]
     config.save_pretrained(output_dir)
     for file in code_files() + processor_files:

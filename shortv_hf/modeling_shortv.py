@@ -84,11 +84,28 @@ def build_text_model(text_config) -> nn.Module:
     return TEXT_MODELS[text_config.model_type]._from_config(text_config)
 
 
-class ShortVModelMixin:
+class ShortVSettingsMixin:
+    """Modifications: what is frozen can be switched at run time."""
+
+    def set_shortv_layers(self, shortv_layers: list[int]):
+        """Freeze visual tokens in these decoder layers from now on; `[]` is the dense model. No weight changes.
+
+        Raises:
+            ValueError: if an id is out of range, negative, duplicated or not an integer.
+        """
+        n_layers = self.config.text_config.num_hidden_layers
+        self.config.shortv_layers = validate_shortv_layers(shortv_layers, n_layers)
+
+    def set_visual_reduction(self, visual_reduction: dict | None):
+        """Switch the visual-token reduction method; `None` turns it off. Raises `ValueError` for an unknown one."""
+        self.config.visual_reduction = validate_visual_reduction(visual_reduction)
+
+
+class ShortVModelMixin(ShortVSettingsMixin):
     """Modifications: `forward` finds the visual tokens and hands the text model a [`FreezePlan`].
 
-    With frozen layers, `hidden_states` of visual tokens (and of padding) repeat through a frozen layer, and the
-    `attentions` that `eager` returns, `[batch, heads, sequence, keys]` as upstream's, hold zeros in their rows.
+    With frozen layers, `hidden_states` of visual tokens repeat through a frozen layer, and the `attentions` that `eager`
+    returns, `[batch, heads, sequence, keys]` as upstream's, hold zeros in their rows.
     """
 
     def forward(
@@ -100,13 +117,17 @@ class ShortVModelMixin:
         past_key_values=None,
         inputs_embeds: torch.FloatTensor | None = None,
         visual_mask: torch.Tensor | None = None,
+        skip_padding: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ):
         """As the parent's, plus:
 
         visual_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*):
-            True at the positions that hold image features. Only needed with `inputs_embeds` that already contain them;
-            otherwise the positions of the image token are used.
+            True at the positions that hold image features. Needed with `inputs_embeds` that already contain them;
+            otherwise the positions of the image token are used. If given, it decides what is frozen.
+        skip_padding (`bool`, *optional*, defaults to `False`):
+            Freeze padding as well, which changes no other token. `generate` asks for it: a batch of rows with and
+            without images, or with images of different length, is mostly padding.
 
         Raises:
             ValueError: if image tokens and image features do not match in number, or `visual_mask` does not fit.
@@ -116,10 +137,7 @@ class ShortVModelMixin:
             features = pixel_values is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None
             visual_mask = self._get_visual_mask(input_ids, inputs_embeds, features, past_key_values, visual_mask)
             if visual_mask is not None:
-                # Padding is skipped in inference only: a shifted loss reads the logits of the last padding position.
-                padding_mask = None if torch.is_grad_enabled() else attention_mask
-                bound = self._max_text_tokens(visual_mask, pixel_values)
-                plan = FreezePlan.build(self.config.shortv_layers, visual_mask, padding_mask, bound)
+                plan = self._build_plan(visual_mask, attention_mask if skip_padding else None, pixel_values, kwargs)
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -129,6 +147,20 @@ class ShortVModelMixin:
             **(kwargs if plan is None else {**kwargs, "freeze_plan": plan}),
         )
 
+    def _build_plan(self, visual_mask, padding_mask, pixel_values, kwargs):
+        if torch.compiler.is_compiling():
+            bound = self._max_text_tokens(visual_mask, pixel_values, kwargs)
+            return FreezePlan.build(self.config.shortv_layers, visual_mask, padding_mask, bound)
+        self.config.validate_shortv()  # the list can have been assigned since
+        return FreezePlan.build(self.config.shortv_layers, visual_mask, padding_mask)
+
+    def _image_token_mask(self, input_ids, inputs_embeds):
+        """Positions of the image token, `[B, S]` bool; among embeddings, those equal to its own."""
+        if input_ids is not None:
+            return input_ids == self.config.image_token_id
+        token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+
     def _get_visual_mask(self, input_ids, inputs_embeds, has_features, past_key_values, visual_mask):
         """The positions that hold image features in this chunk, `[B, S]` bool, or `None` if there are none."""
         if visual_mask is not None:
@@ -137,10 +169,7 @@ class ShortVModelMixin:
                 raise ValueError(f"visual_mask has shape {tuple(visual_mask.shape)}; the inputs need {tuple(shape)}")
             return visual_mask.to(torch.bool)
         if has_features:
-            if input_ids is not None:
-                return input_ids == self.config.image_token_id
-            token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-            return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+            return self._image_token_mask(input_ids, inputs_embeds)
         if not torch.compiler.is_compiling():
             self._warn_if_images_are_missing(input_ids, inputs_embeds, past_key_values)
         return None
@@ -159,62 +188,49 @@ class ShortVModelMixin:
                     "The prompt holds image tokens, but no image features were passed: they count as text."
                 )
 
-    def _max_text_tokens(self, visual_mask, pixel_values) -> int | None:
-        """Upper bound of the text tokens per row that a compiled graph can know; `None` to count them (a sync)."""
-        if not torch.compiler.is_compiling():
-            return None
+    def _max_text_tokens(self, visual_mask, pixel_values, kwargs) -> int:
+        """Upper bound of the text tokens per row that a compiled graph can know without a synchronisation: exact for
+        one row of LLaVA-1.5, whose images all have as many tokens as the CLIP tower has patches."""
         batch_size, length = visual_mask.shape
-        n_visual = 0
+        vision = self.config.vision_config
         if (
-            batch_size == 1
-            and pixel_values is not None
-            and pixel_values.ndim == 4
-            and self.config.base_model_type == "llava"
+            batch_size > 1
+            or pixel_values is None
+            or pixel_values.ndim != 4
+            or vision.model_type != "clip_vision_model"
         ):
-            vision = self.config.vision_config
-            per_image = (vision.image_size // vision.patch_size) ** 2
-            per_image += self.config.vision_feature_select_strategy == "full"
-            n_visual = pixel_values.shape[0] * per_image
-        return length - n_visual
+            return length
+        per_image = (vision.image_size // vision.patch_size) ** 2
+        strategy = kwargs.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
+        return length - pixel_values.shape[0] * (per_image + (strategy == "full"))
 
     def get_placeholder_mask(self, input_ids, inputs_embeds, image_features):
         """As the parent's, with a check that no environment variable switches off."""
-        if not torch.compiler.is_compiling() and input_ids is not None:
-            n_tokens = int((input_ids == self.config.image_token_id).sum())
+        if not torch.compiler.is_compiling():
+            n_tokens = int(self._image_token_mask(input_ids, inputs_embeds).sum())
             n_features = image_features.numel() // image_features.shape[-1]
             if n_tokens != n_features:
                 raise ValueError(
-                    f"image tokens and image features do not match: input_ids hold {n_tokens} image tokens (id "
+                    f"image tokens and image features do not match: the prompt holds {n_tokens} image tokens (id "
                     f"{self.config.image_token_id}), the images give {n_features} features"
                 )
         return super().get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
 
 
-class ShortVGenerationMixin(BaseWeightsMixin):
-    """Modifications: weights can come from another repo (`base_weights.py`), the frozen layers can be switched at run
-    time, and `generate` takes `visual_mask` beside `inputs_embeds`."""
-
-    def set_shortv_layers(self, shortv_layers: list[int]):
-        """Freeze visual tokens in these decoder layers from now on; `[]` is the dense model. No weight changes.
-
-        Raises:
-            ValueError: if an id is out of range, negative, duplicated or not an integer.
-        """
-        n_layers = self.config.text_config.num_hidden_layers
-        self.config.shortv_layers = validate_shortv_layers(shortv_layers, n_layers)
-
-    def set_visual_reduction(self, visual_reduction: dict | None):
-        """Switch the visual-token reduction method; `None` turns it off. Raises `ValueError` for an unknown one."""
-        self.config.visual_reduction = validate_visual_reduction(visual_reduction)
+class ShortVGenerationMixin(ShortVSettingsMixin, BaseWeightsMixin):
+    """Modifications: weights can come from another repo (`base_weights.py`), and `generate` takes `visual_mask` beside
+    `inputs_embeds`."""
 
     def _validate_model_kwargs(self, model_kwargs):
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "visual_mask"})
 
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, visual_mask=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        tokens = inputs.get("inputs_embeds")
+        tokens = inputs["input_ids"] if tokens is None else tokens
+        if tokens.shape[1] > 1:
+            inputs["skip_padding"] = True
         if visual_mask is not None:
-            tokens = inputs.get("inputs_embeds")
-            tokens = inputs["input_ids"] if tokens is None else tokens
             past = inputs.get("past_key_values")
             start = 0 if past is None else int(past.get_seq_length())
             if start < visual_mask.shape[1]:

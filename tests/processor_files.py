@@ -5,11 +5,12 @@ import json
 from helpers import IMAGE_SIZE, IMAGE_TOKEN, PATCH, VOCABULARY
 
 
+# In the manner of LLaVA-1.5: the generation prompt ends with ":", and an answer follows it after a space.
 CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | upper }} : "
-    "{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> "
-    "{% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}ASSISTANT : {% endif %}"
+    "{% for message in messages %}{{ message['role'] | upper }}: "
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
 
@@ -49,7 +50,7 @@ def write_processor(folder, family="llava"):
             "padding": None,
             "added_tokens": added,
             "normalizer": None,
-            "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "pre_tokenizer": {"type": "Whitespace"},
             "post_processor": None,
             "decoder": None,
             "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},

@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-import transformers
 from helpers import FAMILIES, make_config, make_inputs, make_model, make_stock, reference_forward
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -216,7 +215,10 @@ def test_key_mapping_of_the_caller(tmp_path):
     repo = write_reference(tmp_path / "repo", base)
     with pytest.raises(ValueError, match="head"):
         AutoModelForImageTextToText.from_pretrained(repo)
-    assert same_weights(AutoModelForImageTextToText.from_pretrained(repo, key_mapping={"^head": "lm_head"}), model)
+    loaded = AutoModelForImageTextToText.from_pretrained(repo, key_mapping={"^head": "lm_head"})
+    assert same_weights(loaded, model)
+    loaded.save_pretrained(tmp_path / "own")  # in a layout that needs no mapping
+    assert same_weights(AutoModelForImageTextToText.from_pretrained(tmp_path / "own"), model)
 
 
 def test_loading_info_on_request(checkpoint, tmp_path):
@@ -249,6 +251,66 @@ def test_state_dict_instead_of_a_path(checkpoint):
         None, config=model.config, state_dict=model.state_dict()
     )
     assert same_weights(loaded, model)
+
+
+def test_incomplete_state_dict(checkpoint):
+    model, _ = checkpoint
+    state_dict = {name: tensor for name, tensor in model.state_dict().items() if ".layers.2." not in name}
+    with pytest.raises(ValueError, match="the state dict do not fit.*missing"):
+        ShortVLlavaForConditionalGeneration.from_pretrained(None, config=model.config, state_dict=state_dict)
+
+
+@pytest.mark.parametrize("kind", ["reference", "own", "original"])
+@pytest.mark.parametrize("auto", [False, True])
+def test_adapter_directory(checkpoint, tmp_path, kind, auto):
+    """A LoRA adapter names the repo it was trained on; loading the adapter loads both."""
+    peft = pytest.importorskip("peft")
+    _, base = checkpoint
+    path = base if kind == "original" else write_reference(tmp_path / "repo", base)
+    model = ShortVLlavaForConditionalGeneration.from_pretrained(path)
+    if kind == "own":
+        path = tmp_path / "own"
+        model.save_pretrained(path)
+        model = ShortVLlavaForConditionalGeneration.from_pretrained(path)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    inputs = make_inputs(model, ["ttItt"])
+    with torch.no_grad():
+        expected = adapted(**inputs).logits
+        cls = AutoModelForImageTextToText if auto and kind != "original" else ShortVLlavaForConditionalGeneration
+        loaded = cls.from_pretrained(tmp_path / "adapter")
+        assert sum("lora_" in name for name, _ in loaded.named_parameters()) > 0
+        torch.testing.assert_close(loaded(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tied_embeddings(family, tmp_path):
+    config = make_config(family, "qwen2", tie_word_embeddings=True)
+    config.text_config.tie_word_embeddings = True
+    model = FAMILIES[family][1](config).eval()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path / "own")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "own")
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    assert same_weights(loaded, model)
+
+
+def test_another_base_is_not_read_at_the_old_commit(checkpoint, tmp_path):
+    model, base = checkpoint
+    repo = write_reference(tmp_path / "repo", base)
+    config = json.loads((repo / "config.json").read_text())
+    config["base_model_revision"] = "a" * 40
+    (repo / "config.json").write_text(json.dumps(config))
+    copy = shutil.copytree(base, tmp_path / "copy")
+    loaded = AutoModelForImageTextToText.from_pretrained(repo, base_model_name_or_path=str(copy))
+    assert loaded.config.base_model_revision is None
+
+
+def test_config_without_a_base_for_a_repo_that_has_one(checkpoint, tmp_path):
+    model, base = checkpoint
+    repo = write_reference(tmp_path / "repo", base)
+    loaded = ShortVLlavaForConditionalGeneration.from_pretrained(repo, config=make_config(shortv_layers=[1]))
+    assert same_weights(loaded, model) and loaded.config.base_model_name_or_path == str(base)
 
 
 class TestSave:
@@ -335,6 +397,15 @@ class TestRefusals:
         with pytest.raises(ValueError, match="num_hidden_layers is 3, the ShortV config needs 4"):
             self.load(tmp_path, config_edit=edit)
 
+    def test_base_whose_weights_mean_something_else(self, tmp_path):
+        def edit(repo, base):
+            config = json.loads((base / "config.json").read_text())
+            config["text_config"]["rms_norm_eps"] = 0.5
+            (base / "config.json").write_text(json.dumps(config))
+
+        with pytest.raises(ValueError, match="rms_norm_eps is 0.5"):
+            self.load(tmp_path, config_edit=edit)
+
     def test_bad_layers_before_any_weight_is_read(self, tmp_path):
         def edit(repo, base):
             (base / "model.safetensors").unlink()
@@ -362,7 +433,3 @@ class TestRefusals:
         base = write_checkpoint(tmp_path / "base", model)
         with pytest.raises(ValueError, match="'llava'"):
             ShortVLlavaForConditionalGeneration.from_pretrained(base, config=make_stock(model).config)
-
-
-def test_version_is_one_that_is_supported():
-    assert transformers.__version__.split(".")[0] in ("4", "5")

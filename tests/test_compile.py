@@ -3,8 +3,10 @@
 import pytest
 import torch
 import transformers
-from helpers import IMAGE_TOKEN, make_inputs, make_model, make_stock
+from helpers import IMAGE_TOKEN, make_config, make_inputs, make_model, make_stock
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from shortv_hf import ShortVLlavaForConditionalGeneration
 
 
 LAYERS = [0, 2, 3]
@@ -117,6 +119,23 @@ def test_compiled_prefill_of_one_row_skips_the_frozen_tokens():
         torch.compile(model.forward, backend=backend)(**inputs)
     n_text = int((inputs["input_ids"] != IMAGE_TOKEN).sum())
     assert lengths.count(n_text) == 2 * len(LAYERS)  # gate_proj and up_proj
+
+
+@pytest.mark.parametrize("strategy", ["default", "full"])
+def test_compiled_prefill_with_a_tower_without_class_token(strategy):
+    """The number of visual tokens is only known of CLIP; of others, the graph assumes nothing."""
+    config = make_config(shortv_layers=LAYERS, vision_feature_select_strategy=strategy)
+    fields = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config.vision_config = transformers.SiglipVisionConfig(**fields, image_size=16, patch_size=4)
+    torch.manual_seed(0)
+    model = ShortVLlavaForConditionalGeneration(config).eval()
+    n_visual = 16 - (strategy == "default")
+    ids = torch.tensor([[5, 6, *[IMAGE_TOKEN] * n_visual, 7, 8]])
+    inputs = {"input_ids": ids, "pixel_values": torch.randn(1, 3, 16, 16)}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        actual = torch.compile(model.forward, backend="eager")(**inputs).logits
+        torch.testing.assert_close(actual, model(**inputs).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_flex_attention():

@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from helpers import FAMILIES, make_config, make_model, make_stock
 from transformers import AutoConfig
 
-from shortv_hf import ShortVLlavaConfig
+from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
 
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -104,3 +105,60 @@ def test_configs_do_not_share_layers():
 def test_bad_reduction(reduction):
     with pytest.raises(ValueError, match="visual_reduction"):
         make_config(visual_reduction=reduction)
+
+
+@pytest.mark.parametrize("layers", [[99], ["a"], [1, 1]], ids=str)
+@pytest.mark.parametrize("auto", [False, True])
+def test_overrides_are_validated(tmp_path, layers, auto):
+    make_config().save_pretrained(tmp_path)
+    load = (AutoConfig if auto else ShortVLlavaConfig).from_pretrained
+    with pytest.raises(ValueError, match="0 to 3"):
+        load(tmp_path, shortv_layers=layers)
+    with pytest.raises(ValueError, match="visual_reduction"):
+        load(tmp_path, visual_reduction={"method": "nonsense"})
+
+
+def test_bad_fields_are_not_written(tmp_path):
+    config = make_config()
+    config.shortv_layers = [77]
+    with pytest.raises(ValueError, match="77"):
+        config.save_pretrained(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_theta": 1e6},  # as 4.x writes it
+        {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},  # as 5.x does
+        {"rope_theta": 1e6, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+        {"rope_parameters": {"rope_theta": 1e6, "rope_type": "linear", "factor": 4.0}},
+    ],
+    ids=["4.x", "5.x", "4.x scaled", "5.x scaled"],
+)
+@pytest.mark.parametrize("original", [False, True])
+def test_rotary_settings_of_either_line(tmp_path, rope, original):
+    """A config written on one line means the same on the other."""
+    make_config(text="mistral").save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text())
+    for name in ("rope_theta", "rope_scaling", "rope_parameters"):
+        raw["text_config"].pop(name, None)
+    raw["text_config"] |= rope
+    raw["text_config"]["model_type"] = "llama"
+    if original:
+        raw["model_type"] = "llava"
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    config = ShortVLlavaConfig.from_pretrained(tmp_path)
+    scaled = "linear" in str(rope)
+
+    def frequencies(config):
+        model = ShortVLlavaForConditionalGeneration(config)
+        return model.model.language_model.rotary_emb.inv_freq
+
+    expected = 1e6 ** -(torch.arange(0, 8, 2) / 8) / (4 if scaled else 1)
+    torch.testing.assert_close(frequencies(config), expected)
+    config.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())["text_config"]
+    assert saved["rope_theta"] == 1e6 and bool(saved.get("rope_scaling")) == scaled  # what 4.x reads
+    again = ShortVLlavaConfig.from_pretrained(tmp_path / "again")
+    torch.testing.assert_close(frequencies(again), expected)

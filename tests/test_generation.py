@@ -156,6 +156,33 @@ def test_chunked_prefill(text, cuts):
     torch.testing.assert_close(torch.cat(logits, 1), output.logits, **TOLERANCE)
 
 
+@pytest.mark.parametrize("text", ["llama", "mistral_sliding"])
+@pytest.mark.parametrize("step", [1, 2, 7])
+@pytest.mark.parametrize("padded", [False, True])
+def test_chunked_prefill_of_a_batch(text, step, padded):
+    """Chunks in which one row is visual and another is text, down to one token."""
+    model = make_model("llava", text, shortv_layers=LAYERS)
+    inputs = make_inputs(model, ["tIttttt", "tttIt" if padded else "ttttItt"])
+    visual_mask = inputs["input_ids"] == IMAGE_TOKEN
+    with torch.no_grad():
+        output = model(**inputs)
+        embeds = model.get_input_embeddings()(inputs["input_ids"])
+        embeds[visual_mask] = output.image_hidden_states.reshape(-1, embeds.shape[-1])
+        cache, logits = DynamicCache(config=model.config), []
+        for start in range(0, embeds.shape[1], step):
+            end = start + step
+            chunk = {"inputs_embeds": embeds[:, start:end], "visual_mask": visual_mask[:, start:end]}
+            if padded:
+                chunk["attention_mask"] = inputs["attention_mask"][:, :end]
+                positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+                chunk["position_ids"] = positions[:, start:end]
+            logits.append(model(**chunk, past_key_values=cache).logits)
+        if padded:
+            output = model(**inputs, position_ids=positions)
+    keep = inputs["attention_mask"].bool()
+    torch.testing.assert_close(torch.cat(logits, 1)[keep], output.logits[keep], **TOLERANCE)
+
+
 def unless_stock_fails(expected, make):
     """`make()`, or skip the test if it raises or differs from `expected`: stock LLaVA cannot do it on this version."""
     try:
@@ -182,7 +209,11 @@ def test_beam_search(family):
     inputs = make_inputs(model, ROWS)
     with discard_updates(make_stock(model), LAYERS, inputs["input_ids"] == IMAGE_TOKEN) as reference:
         expected = greedy(reference, inputs, num_beams=3)
-    assert torch.equal(greedy(model, inputs, num_beams=3), expected)
+    beams = greedy(model, inputs, num_beams=3)
+    assert torch.equal(beams, expected)
+    for i in range(len(ROWS)):  # with the images of each row
+        solo = greedy(model, solo_inputs(inputs, ROWS, i), num_beams=3)
+        assert torch.equal(beams[i : i + 1, -6:], solo[:, -6:])
 
 
 @FAMILY
@@ -260,6 +291,19 @@ def test_one_vision_tower_call_per_generate(family, options):
     model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
     greedy(model, inputs, **options)
     assert len(calls) == 1
+
+
+def test_padding_is_skipped_in_generate_only():
+    """A row without an image beside one with: its padding is most of it."""
+    model = make_model(shortv_layers=[1])
+    inputs = make_inputs(model, ["ttItt", "ttt"])
+    lengths = []
+    norm = model.model.language_model.layers[1].post_attention_layernorm
+    norm.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
+    greedy(model, inputs, 1)
+    with torch.no_grad():
+        model(**inputs)
+    assert lengths == [4, 20]
 
 
 def test_decoding_builds_no_plan(monkeypatch):

@@ -1,7 +1,6 @@
 """Weights by reference over HTTP: real client code against a small Hub on 127.0.0.1."""
 
 import json
-import shutil
 
 import pytest
 from helpers import FAMILIES, make_model
@@ -136,4 +135,3 @@ def test_subfolder_is_that_of_the_shortv_repo(tmp_path):
     build_repo(FAMILIES["llava"][0].from_pretrained(base, shortv_layers=[1]), tmp_path / "repo" / "inner")
     model = AutoModelForImageTextToText.from_pretrained(tmp_path / "repo", subfolder="inner")
     assert model.config.shortv_layers == [1]
-    shutil.rmtree(base)

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+import transformers
 from helpers import (
     FAMILIES,
     IMAGE_TOKEN,
@@ -230,7 +231,7 @@ def test_attentions_have_full_shape_and_zero_rows_at_frozen_tokens(family):
         expected = reference_forward(stock, [1], inputs, output_attentions=True).attentions
     batch, length = inputs["input_ids"].shape
     assert [tuple(a.shape) for a in actual] == [(batch, 4, length, length)] * N_LAYERS
-    text = (inputs["input_ids"] != IMAGE_TOKEN) & inputs["attention_mask"].bool()
+    text = inputs["input_ids"] != IMAGE_TOKEN
     rows = text[:, None, :, None].expand_as(actual[1])
     close(actual[1][rows], expected[1][rows])
     assert not actual[1][~rows].any()
@@ -272,6 +273,21 @@ class TestBadInput:
             with pytest.raises(ValueError, match="15 image tokens.*16 features"):
                 model(**inputs)
 
+    def test_image_tokens_and_features_do_not_match_among_embeddings(self, monkeypatch):
+        monkeypatch.setenv("TRANSFORMERS_DISABLE_TORCH_CHECK", "1")
+        model = make_model(shortv_layers=[0])
+        inputs = make_inputs(model, ["ttItt"])
+        inputs["input_ids"][0, 2] = 5
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+        with pytest.raises(ValueError, match="15 image tokens.*16 features"):
+            model(**inputs)
+
+    def test_layers_assigned_past_the_setter(self):
+        model = make_model()
+        model.config.shortv_layers = [77]
+        with pytest.raises(ValueError, match="77.*0 to 3"):
+            model(**make_inputs(model, ["ttItt"]))
+
     def test_visual_mask_shape(self):
         model = make_model(shortv_layers=[0])
         with pytest.raises(ValueError, match=r"\(1, 4\).*\(1, 6\)"):
@@ -297,6 +313,35 @@ class TestBadInput:
             FAMILIES["llava"][1](config)
 
 
+@pytest.mark.parametrize("padding_side", ["left", "right"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+def test_padding_is_computed_as_the_reference_does(padding_side, attn):
+    """Outside `generate`, whatever reads padding positions (a shifted loss reads the last one) gets the same."""
+    model = make_model(attn=attn, shortv_layers=[0, 2])
+    with torch.no_grad():
+        model.get_input_embeddings().weight[0] = torch.randn(32)
+        stock = make_stock(model)
+        inputs = make_inputs(model, MIXED_ROWS, padding_side)
+        close(model(**inputs).logits, reference_forward(stock, [0, 2], inputs).logits)
+
+
+def test_a_layer_that_promotes():
+    """Sub-layers in a wider type, as some adapters and quantized layers are, promote the text as in stock models."""
+    model = make_model(shortv_layers=[1]).to(torch.bfloat16)
+    stock = make_stock(model).to(torch.bfloat16)
+    inputs = make_inputs(model, ["ttItt"])
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    for each in (model, stock):
+        layer = each.model.language_model.layers[1]
+        layer.mlp.register_forward_hook(lambda _, __, output: output.float())
+        each.model.language_model.layers[2].to(torch.float32)
+        each.model.language_model.layers[3].to(torch.float32)
+        each.model.language_model.norm.to(torch.float32)
+        each.lm_head.to(torch.float32)
+    with torch.no_grad():
+        assert model.model(**inputs).last_hidden_state.dtype == torch.float32
+
+
 def test_same_seed_same_weights_as_stock():
     torch.manual_seed(0)
     model = FAMILIES["llava"][1](make_config())
@@ -317,3 +362,18 @@ def test_reference_discards_updates():
     assert torch.equal(hidden[1][visual], hidden[2][visual])
     assert not torch.equal(hidden[1][~visual], hidden[2][~visual])
     assert not torch.equal(hidden[0][visual], hidden[1][visual])
+
+
+@pytest.mark.skipif(not transformers.utils.is_flash_attn_2_available(), reason="FlashAttention is not installed")
+@pytest.mark.parametrize("text", ["llama", "mistral_sliding", "qwen2_sliding"])
+def test_flash_attention(text):
+    """Dense layers run FlashAttention, frozen ones SDPA with the mask that stands for the same."""
+    model = make_model("llava", text, shortv_layers=[0, 2, 3]).to("cuda", torch.bfloat16)
+    inputs = {name: value.cuda() for name, value in make_inputs(model, MIXED_ROWS).items()}
+    inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        model.set_attn_implementation({"text_config": "flash_attention_2"})
+        actual = model(**inputs).logits
+    keep = inputs["attention_mask"].bool()
+    assert (actual - expected)[keep].norm() < 0.05 * expected[keep].norm()
