@@ -1,6 +1,9 @@
 """Weights by reference over HTTP: real client code against a small Hub on 127.0.0.1."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from helpers import FAMILIES, make_model
@@ -115,6 +118,29 @@ try:
 except (OSError, ValueError) as error:
     print(json.dumps(str(error)))
 """
+
+
+def test_build_repo_from_the_hub(hub, tmp_path, request):
+    """The command of the README: config, processor files and commit come from the Hub; the result loads elsewhere."""
+    output = tmp_path / "built"
+    command = [sys.executable, "-m", "shortv_hf.cli", "build-repo", "org/base", "--layers", "3,1"]
+    command += ["--revision", hub.pinned, "--output", str(output)]
+    variables = {**os.environ, **environment(hub, tmp_path), "HF_TOKEN": "secret"}
+    subprocess.run(command, check=True, env=variables, cwd=request.config.rootpath)
+    config = json.loads((output / "config.json").read_text())
+    assert (config["base_model_name_or_path"], config["base_model_revision"]) == ("org/base", hub.pinned)
+    for name in ("tokenizer.json", "processor_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (output / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+    assert not list(output.glob("*.safetensors")) and not (output / "evil.py").exists()
+    script = """
+    import json
+    pipe = pipeline("image-text-to-text", model=sys.argv[1], trust_remote_code=True, token="secret")
+    options = {"do_sample": False, "eos_token_id": -1, "suppress_tokens": [98], "max_new_tokens": 3}
+    reply = pipe(text=messages, generate_kwargs=options, return_full_text=False)
+    print(json.dumps([reply[0]["generated_text"], pipe.model.config.shortv_layers]))
+    """
+    text, layers = run(script, output, **environment(hub, tmp_path), HF_TOKEN="secret")
+    assert text.strip() and layers == [3, 1]
 
 
 def test_base_without_the_pinned_commit(hub, tmp_path):
