@@ -126,9 +126,9 @@ def flops(
     table = Table(title=f"Prefill, t = {text_tokens}, v = {visual_tokens}")
     for column in ("", "frozen layers", "TFLOPs", "ratio"):
         table.add_column(column, justify="right")
-    dense = prefill_flops(text_tokens, visual_tokens, config)
-    sparse = prefill_flops(text_tokens, visual_tokens, config, N=n)
-    ratio = flops_ratio(text_tokens, visual_tokens, config, N=n)
+    dense = prefill_flops(text_tokens, visual_tokens, config, N=0)
+    sparse = prefill_flops(text_tokens, visual_tokens, config)
+    ratio = flops_ratio(text_tokens, visual_tokens, config)
     table.add_row("dense", "0", f"{dense / 1e12:.3f}", "100.0 %")
     table.add_row("ShortV", f"{n} of {config.text_config.num_hidden_layers}", f"{sparse / 1e12:.3f}", f"{ratio:.1%}")
     Console().print(table)

@@ -20,17 +20,17 @@ class LayerShape:
     key_value_size: int
 
 
-def layer_shape(text_config=None, *, h: int | None = None, m: int | None = None) -> LayerShape:
+def layer_shape(config=None, *, h: int | None = None, m: int | None = None) -> LayerShape:
     """The widths from a text config (or a LLaVA config, whose text config is used), or from `h` and `m`.
 
     Raises:
         ValueError: if neither a config nor both of `h` and `m` are given.
     """
-    if text_config is None:
+    if config is None:
         if h is None or m is None:
             raise ValueError(f"pass a text config, or both h and m; got h={h}, m={m}")
         return LayerShape(h, m, h, h)
-    text_config = text_config.get_text_config()
+    text_config = config.get_text_config()
     heads = text_config.num_attention_heads
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     key_value_heads = getattr(text_config, "num_key_value_heads", None) or heads
@@ -39,13 +39,13 @@ def layer_shape(text_config=None, *, h: int | None = None, m: int | None = None)
     )
 
 
-def layer_flops(t: int, v: int, text_config=None, *, frozen: bool = False, h: int | None = None, m: int | None = None):
+def layer_flops(t: int, v: int, config=None, *, frozen: bool = False, h: int | None = None, m: int | None = None):
     """FLOPs of one decoder layer in the prefill of `t` text and `v` visual tokens.
 
     Dense (Eq. 3): `2(t+v)(4h+3m)h + 4(t+v)²h`. `frozen=True`, a ShortV layer (Eq. 4): `2t(4h+3m)h + 4vh² + 4t(t+v)h`.
     """
     _check_counts(t, v)
-    shape = layer_shape(text_config, h=h, m=m)
+    shape = layer_shape(config, h=h, m=m)
     n = t + v
     computed = t if frozen else n  # tokens that are queries and pass the FFN
     query_and_output = 4 * computed * shape.hidden_size * shape.query_size
@@ -58,31 +58,34 @@ def layer_flops(t: int, v: int, text_config=None, *, frozen: bool = False, h: in
 def prefill_flops(
     t: int,
     v: int,
-    text_config=None,
+    config=None,
     *,
-    N: int = 0,
+    N: int | None = None,
     h: int | None = None,
     m: int | None = None,
     L: int | None = None,
 ):
-    """FLOPs of the whole prefill, `N` of the L layers being ShortV layers (numerator of Eq. 5).
+    """FLOPs of the whole prefill, N of the L layers being ShortV layers (numerator of Eq. 5).
 
-    L comes from the config unless given. Raises `ValueError` if `N` is not in 0..L.
+    N is that of a ShortV config unless given, and 0 where there is none; L comes from the config unless given.
+    Raises `ValueError` if N is not in 0..L.
     """
     if L is None:
-        if text_config is None:
-            raise ValueError("pass a text config, or L with h and m")
-        L = text_config.get_text_config().num_hidden_layers
+        if config is None:
+            raise ValueError("pass a config, or L with h and m")
+        L = config.get_text_config().num_hidden_layers
+    if N is None:
+        N = len(getattr(config, "shortv_layers", ()))
     if not 0 <= N <= L:
         raise ValueError(f"N is {N}; the model has {L} layers, so the valid range is 0 to {L}")
-    dense = layer_flops(t, v, text_config, h=h, m=m)
-    return (L - N) * dense + N * layer_flops(t, v, text_config, frozen=True, h=h, m=m)
+    dense = layer_flops(t, v, config, h=h, m=m)
+    return (L - N) * dense + N * layer_flops(t, v, config, frozen=True, h=h, m=m)
 
 
-def flops_ratio(t: int, v: int, text_config=None, *, N: int, h=None, m=None, L=None) -> float:
-    """FLOPs of ShortV over those of the dense model (Eq. 5), between 0 and 1."""
-    sparse = prefill_flops(t, v, text_config, N=N, h=h, m=m, L=L)
-    return sparse / prefill_flops(t, v, text_config, h=h, m=m, L=L)
+def flops_ratio(t: int, v: int, config=None, *, N: int | None = None, h=None, m=None, L=None) -> float:
+    """FLOPs of ShortV over those of the dense model (Eq. 5), between 0 and 1. N as in [`prefill_flops`]."""
+    sparse = prefill_flops(t, v, config, N=N, h=h, m=m, L=L)
+    return sparse / prefill_flops(t, v, config, N=0, h=h, m=m, L=L)
 
 
 def _check_counts(t: int, v: int):

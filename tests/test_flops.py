@@ -79,6 +79,13 @@ def test_config_and_numbers_agree():
     assert prefill_flops(3, 9, llava, N=2) == prefill_flops(3, 9, llava.text_config, N=2)
 
 
+def test_frozen_layers_of_the_config_are_the_default():
+    config = make_config(shortv_layers=[3, 0])
+    assert prefill_flops(3, 9, config) == prefill_flops(3, 9, config, N=2)
+    assert flops_ratio(3, 9, config) == flops_ratio(3, 9, config.text_config, N=2)
+    assert flops_ratio(3, 9, config.text_config) == 1
+
+
 @pytest.mark.parametrize("N", [-1, 6])
 def test_bad_number_of_layers(N):
     with pytest.raises(ValueError, match="0 to 5"):
