@@ -33,6 +33,8 @@ def model_classes(model: str, **hub_kwargs) -> tuple[type[PretrainedConfig], typ
         ValueError: if it is neither LLaVA-1.5 nor LLaVA-NeXT.
         OSError: if it cannot be found.
     """
+    if str(model).startswith(("/", ".", "~")) and not Path(model).expanduser().exists():
+        raise ValueError(f"no such directory: {model}")
     model_type = PretrainedConfig.get_config_dict(model, **hub_kwargs)[0].get("model_type")
     for config_class, model_class in MODEL_CLASSES:
         if model_type in (config_class.model_type, config_class.base_model_type):
@@ -60,9 +62,10 @@ def load(model: str, layers: list[int] | None = None, device: str = "cpu", dtype
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
     _, model_class = model_classes(model)
+    processor = AutoProcessor.from_pretrained(model)  # before the weights: it is what a directory may lack
     options = {} if layers is None else {"shortv_layers": layers}
     loaded = model_class.from_pretrained(model, dtype=dtype, device_map=device, **options)
-    return loaded.eval(), AutoProcessor.from_pretrained(model)
+    return loaded.eval(), processor
 
 
 def load_images(names: list[str]) -> list:

@@ -1,5 +1,6 @@
 """The `shortv` command. Needs the `cli` extra."""
 
+import sys
 from dataclasses import asdict
 from functools import partial
 from json import dumps
@@ -12,7 +13,7 @@ try:
     from rich.console import Console
     from rich.table import Table
 except ImportError as error:
-    raise SystemExit(f"the shortv command needs the extra: pip install 'shortv_hf[cli]' ({error})") from error
+    raise SystemExit(f"the shortv command needs the extra: pip install '.[cli]' in its checkout ({error})") from error
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="ShortV for Hugging Face LLaVA models.")
@@ -113,7 +114,9 @@ def flops(
     model: Annotated[str, typer.Argument(help="Hub id or directory of a ShortV repo or a LLaVA checkpoint.")],
     layers: Annotated[str | None, typer.Option(help="Frozen layers, e.g. 31,29,30; default: the config's.")] = None,
     text_tokens: Annotated[int, typer.Option("--text-tokens", "-t", help="Text tokens t.")] = 64,
-    visual_tokens: Annotated[int, typer.Option("--visual-tokens", "-v", help="Visual tokens v.")] = 576,
+    visual_tokens: Annotated[
+        int | None, typer.Option("--visual-tokens", "-v", help="Visual tokens v; default 576, LLaVA-NeXT 2880.")
+    ] = None,
 ):
     """FLOPs of the language model's prefill, dense and with ShortV (Eq. 3-5 of the paper)."""
     from .flops import flops_ratio, prefill_flops
@@ -122,6 +125,8 @@ def flops(
     if layers is not None:
         config.shortv_layers = _parse_layers(layers)
         config.validate_shortv()
+    if visual_tokens is None:
+        visual_tokens = 2880 if config.base_model_type == "llava_next" else 576
     n = len(config.shortv_layers)
     table = Table(title=f"Prefill, t = {text_tokens}, v = {visual_tokens}")
     for column in ("", "frozen layers", "TFLOPs", "ratio"):
@@ -129,7 +134,7 @@ def flops(
     dense = prefill_flops(text_tokens, visual_tokens, config, N=0)
     sparse = prefill_flops(text_tokens, visual_tokens, config)
     ratio = flops_ratio(text_tokens, visual_tokens, config)
-    table.add_row("dense", "0", f"{dense / 1e12:.3f}", "100.0 %")
+    table.add_row("dense", "0", f"{dense / 1e12:.3f}", "100.0%")
     table.add_row("ShortV", f"{n} of {config.text_config.num_hidden_layers}", f"{sparse / 1e12:.3f}", f"{ratio:.1%}")
     Console().print(table)
 
@@ -150,13 +155,19 @@ def build_repo(
     config = _load_config(model, revision)
     config.shortv_layers = _parse_layers(layers)
     config.validate_shortv()
+    if config.base_model_name_or_path is None:
+        raise ValueError(f"{model} holds its own weights; build-repo needs an original checkpoint to reference")
+    if output.resolve() == Path(model).resolve():
+        raise ValueError(f"--output {output} is the checkpoint itself; name another directory")
     if processor_dir is None and not Path(model).is_dir():
         files = [*hub.PROCESSOR_FILES, "generation_config.json"]
         processor_dir = Path(snapshot_download(model, revision=config.base_model_revision, allow_patterns=files))
     elif processor_dir is None and any((Path(model) / name).is_file() for name in hub.PROCESSOR_FILES):
         processor_dir = Path(model)
     hub.build_repo(config, output, processor_dir)
-    print(f"{output}: freezes {len(config.shortv_layers)} layers, weights from {config.base_model_name_or_path}")
+    print(f"{output}: freezes layers {config.shortv_layers}, weights from {config.base_model_name_or_path}")
+    if processor_dir is None:
+        print(f"no processor files in {model}: pass --processor-dir to make a repo for pipelines", file=sys.stderr)
 
 
 def main():

@@ -29,6 +29,8 @@ def test_flops():
 def test_flops_of_other_layers():
     result = invoke("flops", HUB_CONFIGS / "shortv-llava-v1.6-vicuna-7b-hf", "--layers", "1,2", "-v", "2880")
     assert result.exit_code == 0 and "2 of 32" in result.output
+    result = invoke("flops", HUB_CONFIGS / "shortv-llava-v1.6-vicuna-7b-hf")
+    assert "42.675" in result.output and "21.560" in result.output  # v = 2880 by default
 
 
 def test_build_repo(tmp_path):
@@ -48,6 +50,16 @@ def test_bad_layers(tmp_path, layers, message):
     result = invoke("build-repo", base, "--layers", layers, "--output", tmp_path / "repo")
     assert isinstance(result.exception, ValueError) and message in str(result.exception)
     assert not (tmp_path / "repo").exists()
+
+
+def test_build_repo_refuses_what_it_cannot_reference(tmp_path):
+    base = write_checkpoint(tmp_path / "base", make_model())
+    before = (base / "config.json").read_text()
+    result = invoke("build-repo", base, "--layers", "1", "--output", base)
+    assert "the checkpoint itself" in str(result.exception) and (base / "config.json").read_text() == before
+    make_model().save_pretrained(tmp_path / "own")
+    result = invoke("build-repo", tmp_path / "own", "--layers", "1", "--output", tmp_path / "repo")
+    assert "holds its own weights" in str(result.exception) and not (tmp_path / "repo").exists()
 
 
 def test_errors_are_one_line(monkeypatch):
