@@ -259,6 +259,8 @@ class PackedData(torch.utils.data.Dataset):
 
     # Up to this number of pictures: the shares of conversations that are captions and listings.
     MIX = ((5_000, 0.15, 0.15), (math.inf, 0.05, 0.15))
+    # How often each type of question is asked: what is learnt last is asked most.
+    WEIGHTS = {"color": 1, "shape": 1, "size": 1, "count": 2, "existence": 1.5, "place": 2, "relation": 3}
 
     def __init__(self, first_seed: int = 0, single_questions: bool = False):
         self.first_seed = first_seed
@@ -273,7 +275,12 @@ class PackedData(torch.utils.data.Dataset):
         if self.single_questions:
             return [[(question.text, question.answer)] for question in shapes.questions(scene, rng, 12)]
         shares = next(shares for limit, *shares in self.MIX if seed - self.first_seed < limit)
-        return [shapes.conversation(scene, rng, *shares) for _ in range(12)]
+        return [shapes.conversation(scene, rng, *shares, weights=self.WEIGHTS) for _ in range(12)]
+
+    def question_types(self, seed: int) -> list[str]:
+        """Types of the single questions about one picture."""
+        rng = random.Random(seed)
+        return [question.type for question in shapes.questions(shapes.make_scene(rng), rng, 12)]
 
     def __getitem__(self, seed: int):
         rng = random.Random(seed)
@@ -341,18 +348,18 @@ class Run:
         self.targets = WordTargets(build_tokenizer())
         self.progress = {"stage": "tower", "step": 0, "pictures": 0, "seconds": 0.0}
         self.file = args.run_dir / "checkpoint.pt"
-        self.optimizer_state = None
+        self.optimizer_states = None
         if self.file.is_file():
             state = torch.load(self.file, map_location=self.device, weights_only=True)
             self.model.load_state_dict(state["model"])
             self.heads.load_state_dict(state["heads"])
-            self.progress, self.optimizer_state = state["progress"], state["optimizer"]
+            self.progress, self.optimizer_states = state["progress"], state["optimizers"] or None
             print(f"resuming: {self.progress}", flush=True)
 
-    def save(self, optimizer):
+    def save(self, optimizers):
         self.args.run_dir.mkdir(parents=True, exist_ok=True)
         state = {"model": self.model.state_dict(), "heads": self.heads.state_dict(), "progress": self.progress}
-        state["optimizer"] = None if optimizer is None else optimizer.state_dict()
+        state["optimizers"] = [optimizer.state_dict() for optimizer in optimizers]
         temporary = self.file.with_suffix(".tmp")
         torch.save(state, temporary)
         os.replace(temporary, self.file)
@@ -367,18 +374,14 @@ class Run:
         """Train `parameters` (pairs of module, learning rate) for `steps`; `loss_function(batch)` gives loss, metric."""
         if self.progress["stage"] != stage:
             return
-        groups = []
-        for module, rate in parameters:
-            weights = [p for p in module.parameters() if p.requires_grad]
-            groups.append({"params": [p for p in weights if p.ndim > 1], "peak": rate, "weight_decay": 0.05})
-            groups.append({"params": [p for p in weights if p.ndim < 2], "peak": rate, "weight_decay": 0.0})
-        optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98))
-        if self.optimizer_state is not None:
-            optimizer.load_state_dict(self.optimizer_state)
-            for group, (_, rate) in zip(
-                optimizer.param_groups, [pair for pair in parameters for _ in "ab"], strict=True
-            ):
-                group["peak"] = rate
+        optimizers = make_optimizers(parameters)
+        if self.optimizer_states is not None:
+            for optimizer, state in zip(optimizers, self.optimizer_states, strict=True):
+                peaks = [group["peak"] for group in optimizer.param_groups]
+                optimizer.load_state_dict(state)
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["peak"] = peak  # so that a resumed run may have another rate
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         first_seed = self.first_seed(stage)
         seeds = range(first_seed + self.progress["step"] * batch_size, first_seed + steps * batch_size)
         loader = torch.utils.data.DataLoader(data, batch_size, sampler=seeds, num_workers=self.args.workers)
@@ -388,15 +391,16 @@ class Run:
         self.model.train()
         for batch in loader:
             step = self.progress["step"] = self.progress["step"] + 1
-            for group in optimizer.param_groups:
+            for group in groups:
                 group["lr"] = group["peak"] * schedule(step / steps, step, self.args.decay)
             batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 loss, metric = loss_function(batch)
-            optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             losses.append(loss.detach())
             metrics.append(metric.detach())
             now = time.monotonic()
@@ -415,14 +419,14 @@ class Run:
             if step % self.args.eval_every == 0 or step == steps:
                 report()
             if now - saved > 60 or step == steps:
-                self.save(optimizer)
+                self.save(optimizers)
                 saved = now
 
     def finish_stage(self, stage: str, next_stage: str):
         if self.progress["stage"] == stage:
             self.progress.update(stage=next_stage, step=0)
-            self.optimizer_state = None
-            self.save(None)
+            self.optimizer_states = None
+            self.save([])
 
     def tower_loss(self, batch: dict):
         features = self.model.model.vision_tower(batch["pixel_values"]).last_hidden_state[:, 1:]
@@ -449,10 +453,37 @@ class Run:
         batch = {name: torch.stack([row[name] for row in rows]).to(self.device) for name in rows[0]}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
             logits, labels, conversation = answer_logits(self.model, batch, self.dtype)
-        wrong = conversation[logits.argmax(-1) != labels].unique()
-        asked = conversation.unique()
-        print(f"    single questions: {1 - len(wrong) / len(asked):.1%} of {len(asked)}", flush=True)
+        wrong = set(conversation[logits.argmax(-1) != labels].tolist())
+        right = {name: [] for name in ("all", *shapes.QUESTION_TYPES)}
+        for number in conversation.unique().tolist():
+            name = data.question_types(shapes.HELD_OUT_SEED - 1 - number // 100)[number % 100 - 1]
+            for key in "all", name:
+                right[key].append(number not in wrong)
+        shares = ", ".join(f"{name} {sum(v) / max(1, len(v)):.0%}" for name, v in right.items())
+        print(f"    {len(right['all'])} single questions: {shares}", flush=True)
         self.model.train()
+
+
+def make_optimizers(parameters: list[tuple]) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of linear layers, AdamW for embeddings, convolutions, heads, biases and norms.
+
+    `parameters` are pairs of module and peak learning rate, which every group holds as "peak".
+    """
+    muon, adam = [], []
+    for module, rate in parameters:
+        is_head = isinstance(module, nn.Linear)
+        matrices = [] if is_head else [m.weight for m in module.modules() if isinstance(m, nn.Linear)]
+        chosen = {id(weight) for weight in matrices}
+        others = [p for p in module.parameters() if p.requires_grad and id(p) not in chosen]
+        if matrices:
+            muon.append({"params": matrices, "peak": rate})
+        for weights, decay in ([p for p in others if p.ndim > 1], 0.05), ([p for p in others if p.ndim < 2], 0.0):
+            if weights:
+                adam.append({"params": weights, "peak": rate, "weight_decay": decay})
+    optimizers = [torch.optim.AdamW(adam, betas=(0.9, 0.98))]
+    if muon:
+        optimizers.append(torch.optim.Muon(muon, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def schedule(done: float, step: int, decay: float, warmup: int = 200) -> float:
@@ -468,7 +499,7 @@ def train(args):
         TowerData(),
         args.tower_steps,
         args.tower_batch,
-        [(model.vision_tower, args.tower_lr), (run.heads, args.tower_lr)],
+        [(model.vision_tower, args.tower_lr), (run.heads.head, args.tower_lr)],
         run.tower_loss,
         lambda: None,
     )

@@ -40,6 +40,9 @@ def main(source: Path, target: Path):
             tensors = load_file(source / variant / "cases" / f"{name}.safetensors")
             chosen = {k: v for k, v in tensors.items() if k in INPUTS | extra or k.split("/")[-1] in LOGITS}
             save_file(chosen, folder / "cases" / f"{name}.safetensors")
+        for name in set(manifest["lc"]["samples"]) - set(cases):  # calibration samples are inputs, no cases
+            tensors = load_file(source / variant / "cases" / f"{name}.safetensors")
+            save_file({k: v for k, v in tensors.items() if k in INPUTS}, folder / "cases" / f"{name}.safetensors")
         for quirk in quirks:  # inputs only: what the released code answers there is not the target
             (folder / "quirks").mkdir(exist_ok=True)
             tensors = load_file(source / variant / quirk["file"])

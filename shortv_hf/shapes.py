@@ -274,11 +274,11 @@ def ask(scene: Scene, rng: random.Random, question_type: str) -> Question | None
     return None
 
 
-def questions(scene: Scene, rng: random.Random, n: int) -> list[Question]:
-    """`n` questions of random types that the scene allows."""
-    found = []
+def questions(scene: Scene, rng: random.Random, n: int, weights: dict[str, float] | None = None) -> list[Question]:
+    """`n` questions that the scene allows, of random types: all alike, or as often as `weights` says."""
+    found, types = [], list(QUESTION_TYPES)
     while len(found) < n:
-        question = ask(scene, rng, rng.choice(list(QUESTION_TYPES)))
+        question = ask(scene, rng, rng.choices(types, [weights[t] for t in types] if weights else None)[0])
         if question is not None:
             found.append(question)
     return found
@@ -295,9 +295,10 @@ def listing(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return f"Describe the {phrase}.", _describe(found) if found else f"no {phrase}"
 
 
-def conversation(scene: Scene, rng: random.Random, captions: float = 0.15, listings: float = 0.0):
+def conversation(scene: Scene, rng: random.Random, captions: float = 0.15, listings: float = 0.0, weights=None):
     """A list of turns (prompt, answer): mostly a single question, sometimes (10 %) two or three. With probability
-    `captions` it is a caption, which one or two questions may follow, with probability `listings` a listing."""
+    `captions` it is a caption, which one or two questions may follow, with probability `listings` a listing.
+    `weights` as for `questions`."""
     kind, turns = rng.random(), []
     if kind < captions:
         turns.append((rng.choice(CAPTION_PROMPTS), caption(scene)))
@@ -307,7 +308,7 @@ def conversation(scene: Scene, rng: random.Random, captions: float = 0.15, listi
         n_questions = 0
     else:
         n_questions = rng.randint(2, 3) if kind < captions + listings + 0.1 else 1
-    return turns + [(question.text, question.answer) for question in questions(scene, rng, n_questions)]
+    return turns + [(question.text, question.answer) for question in questions(scene, rng, n_questions, weights)]
 
 
 def held_out_questions(n: int, seed: int = 0) -> Iterator[tuple[Scene, Question]]:

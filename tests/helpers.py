@@ -42,6 +42,7 @@ TEXT = {
 }
 TEXT_CONFIGS = {
     "llama": lambda: LlamaConfig(**TEXT),
+    "deep": lambda: LlamaConfig(**{**TEXT, "num_hidden_layers": 32}),
     "mistral": lambda: MistralConfig(**TEXT, sliding_window=None),
     "mistral_sliding": lambda: MistralConfig(**TEXT, sliding_window=8),
     "qwen2": lambda: Qwen2Config(**TEXT),

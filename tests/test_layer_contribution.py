@@ -1,0 +1,378 @@
+"""Rankings against the released code's scores, and against the deliberately simple reference."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import N_LAYERS, make_inputs, make_model, make_stock, solo_inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from shortv_hf import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
+from shortv_hf.flops import flops_ratio
+from shortv_hf.layer_contribution import (
+    LayerRanking,
+    choose_by_flops,
+    choose_by_kl,
+    frozen_tokens,
+    joint_kl,
+    joint_kl_curve,
+    rank_layers,
+)
+
+
+GOLDENS = Path(os.environ.get("SHORTV_GOLDENS", Path(__file__).parent / "goldens" / "shortv"))
+CLASSES = {
+    "llava15_mha": ShortVLlavaForConditionalGeneration,
+    "llavanext_gqa": ShortVLlavaNextForConditionalGeneration,
+}
+INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_sizes")
+ROWS = ["tItttt", "ttttttIt", "ItItt"]
+CLOSE = {"atol": 2e-6, "rtol": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model(shortv_layers=[1])
+
+
+@pytest.fixture(scope="module")
+def batch(model):
+    return make_inputs(model, ROWS)
+
+
+def simple_scores(model, inputs, tokens, kl, base=()):
+    """Eq. 2 without any of the shortcuts: a stock model, in which updates are thrown away; `[L]` for one row."""
+    stock = make_stock(model)
+    visual = inputs["input_ids"] == model.config.image_token_id
+    frozen = {"visual": visual, "text": ~visual, "all": torch.ones_like(visual)}[tokens]
+
+    def logits(layers):
+        def discard(module, args, kwargs, output):
+            return torch.where(frozen[..., None], args[0] if args else kwargs["hidden_states"], output)
+
+        handles = [
+            stock.model.language_model.layers[layer].register_forward_hook(discard, with_kwargs=True)
+            for layer in layers
+        ]
+        with torch.no_grad():
+            result = stock(**inputs).logits[:, -1].double().log_softmax(-1)
+        for handle in handles:
+            handle.remove()
+        return result
+
+    dense, scores = logits([]), []
+    for layer in range(N_LAYERS):
+        other = logits([*base, layer])
+        p, q = (dense, other) if kl == "forward" else (other, dense)
+        scores.append(float((p.exp() * (p - q)).sum()))
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------- the released code
+
+
+@pytest.mark.parametrize("kl", ["reverse", "forward"])
+@pytest.mark.parametrize("variant", CLASSES)
+def test_goldens(variant, kl):
+    model = CLASSES[variant].from_pretrained(GOLDENS / variant, dtype=torch.float32)
+    expected = load_file(GOLDENS / variant / "lc.safetensors")
+    names = json.loads((GOLDENS / variant / "manifest.json").read_text())["lc"]["samples"]
+    samples = []
+    for name in names:
+        tensors = load_file(GOLDENS / variant / "cases" / f"{name}.safetensors")
+        samples.append({key: tensors[key] for key in INPUTS if key in tensors})
+    ranking = rank_layers(model, samples, kl=kl)
+    scores = expected["lc" if kl == "reverse" else "lc_forward_kl"]
+    torch.testing.assert_close(torch.tensor(ranking.sample_scores), scores.float(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(torch.tensor(ranking.scores), scores.mean(0).float(), atol=1e-5, rtol=0)
+    if kl == "reverse":
+        assert ranking.order == expected["order"].tolist()
+    assert ranking.scores[-1] == 0.0 and all(row[-1] == 0.0 for row in ranking.sample_scores)
+
+
+# --------------------------------------------------------------------------------------------- the simple reference
+
+
+@pytest.mark.parametrize(
+    ("family", "text"), [("llava", "llama"), ("llava", "mistral_sliding"), ("llava_next", "qwen2_sliding")]
+)
+@pytest.mark.parametrize("tokens", ["visual", "text", "all"])
+def test_simple_reference(family, text, tokens):
+    model = make_model(family, text)
+    inputs = make_inputs(model, ["ttItt"])
+    for kl in ("forward", "reverse"):
+        ranking = rank_layers(model, [inputs], tokens=tokens, kl=kl, layers_per_batch=3)
+        expected = torch.tensor(simple_scores(model, inputs, tokens, kl))
+        torch.testing.assert_close(torch.tensor(ranking.scores), expected, **CLOSE)
+        assert ranking.order == sorted(range(N_LAYERS), key=ranking.scores.__getitem__)
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("tokens", ["visual", "text", "all"])
+@pytest.mark.parametrize("metric", ["lc", "cosine"])
+def test_batch_equals_solo(metric, tokens, attn):
+    model = make_model(attn=attn)
+    batch = make_inputs(model, ROWS)
+    together = rank_layers(model, [batch], metric, tokens)
+    apart = rank_layers(model, [solo_inputs(batch, ROWS, i) for i in range(3)], metric, tokens)
+    torch.testing.assert_close(torch.tensor(together.sample_scores), torch.tensor(apart.sample_scores), **CLOSE)
+    assert (together.text_tokens, together.visual_tokens) == (apart.text_tokens, apart.visual_tokens)
+    assert apart.text_tokens == sum(row.count("t") for row in ROWS) / 3 and apart.visual_tokens == 16 * 4 / 3
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    rows=st.lists(st.text("tI", min_size=1, max_size=5).map(lambda row: "I" + row + "t"), min_size=1, max_size=3),
+    layers_per_batch=st.integers(1, 5),
+)
+def test_any_batch_equals_solo(model, rows, layers_per_batch):
+    batch = make_inputs(model, rows)
+    together = rank_layers(model, [batch], layers_per_batch=layers_per_batch)
+    apart = rank_layers(model, [solo_inputs(batch, rows, i) for i in range(len(rows))], layers_per_batch=1)
+    torch.testing.assert_close(torch.tensor(together.sample_scores), torch.tensor(apart.sample_scores), **CLOSE)
+
+
+def test_right_padding_and_text_rows(model):
+    rows = ["ttIt", "tttt"]
+    ranking = rank_layers(model, [make_inputs(model, rows, padding_side="right")])
+    expected = simple_scores(model, solo_inputs(make_inputs(model, rows), rows, 0), "visual", "forward")
+    torch.testing.assert_close(torch.tensor(ranking.sample_scores[0]), torch.tensor(expected), **CLOSE)
+    assert max(map(abs, ranking.sample_scores[1])) < 1e-6  # nothing to freeze
+
+
+def test_prompt_that_ends_with_an_image(model):
+    """The last layer does count there: what it makes of the last visual token is the answer."""
+    inputs = make_inputs(model, ["ttI"])
+    ranking = rank_layers(model, [inputs])
+    expected = simple_scores(model, inputs, "visual", "forward")
+    assert expected[-1] > 1e-3
+    torch.testing.assert_close(torch.tensor(ranking.scores), torch.tensor(expected), **CLOSE)
+
+
+def test_cosine_is_that_of_the_hidden_states(model):
+    inputs = make_inputs(model, ["ttIt"])
+    stock = make_stock(model)
+    states = []
+    handles = [
+        layer.register_forward_hook(
+            lambda module, args, kwargs, output: states.append((args[0], output)), with_kwargs=True
+        )
+        for layer in stock.model.language_model.layers
+    ]
+    with torch.no_grad():
+        stock(**inputs)
+    for handle in handles:
+        handle.remove()
+    visual = inputs["input_ids"] == model.config.image_token_id
+    expected = [float(torch.cosine_similarity(a[visual], b[visual], dim=-1).mean()) for a, b in states]
+    ranking = rank_layers(model, [inputs], metric="cosine")
+    torch.testing.assert_close(torch.tensor(ranking.scores), torch.tensor(expected))
+    assert ranking.order == sorted(range(N_LAYERS), key=lambda layer: -expected[layer])  # the most similar first
+
+
+def test_random_is_seeded(model):
+    orders = {tuple(rank_layers(model, None, metric="random", seed=seed).order) for seed in range(20)}
+    assert len(orders) > 5
+    assert rank_layers(model, None, "random", seed=3).order == rank_layers(model, None, "random", seed=3).order
+
+
+@pytest.mark.parametrize("tokens", ["visual", "text", "all"])
+def test_greedy_takes_the_cheapest_next_layer(model, tokens):
+    inputs = make_inputs(model, ["ttItt"])
+    ranking = rank_layers(model, [inputs], metric="greedy", tokens=tokens)
+    for step, chosen in enumerate(ranking.order):
+        costs = simple_scores(model, inputs, tokens, "forward", base=ranking.order[:step])
+        left = {layer: costs[layer] for layer in ranking.order[step:]}
+        assert costs[chosen] <= min(left.values()) + 1e-6
+        assert ranking.scores[chosen] == pytest.approx(costs[chosen], abs=2e-6, rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------- frozen for real
+
+
+@pytest.mark.parametrize("tokens", ["visual", "text", "all"])
+def test_joint_kl(model, tokens):
+    inputs = make_inputs(model, ["tItt"])
+    expected = simple_scores(model, inputs, tokens, "forward", base=[0, 2])
+    curve = joint_kl_curve(model, [inputs], [[], [0, 2, 1], [2, 0, 3]], tokens=tokens)
+    assert curve[0] == pytest.approx(0, abs=1e-6)
+    assert curve[1:] == pytest.approx([expected[1], expected[3]], abs=2e-6, rel=1e-4)
+    assert joint_kl(model, [inputs], [0, 1, 2], tokens=tokens) == pytest.approx(curve[1])
+
+
+@pytest.mark.parametrize("tokens", ["text", "all"])
+def test_frozen_tokens_generate_without_cache(model, batch, tokens):
+    """Every step is the simple reference's full recompute, in which the generated tokens are frozen as well."""
+    with frozen_tokens(model, [0, 2], tokens), torch.no_grad():
+        output = model.generate(**batch, max_new_tokens=3, do_sample=False, use_cache=False)
+    stock = make_stock(model)
+    inputs = dict(batch)
+    for _ in range(3):
+        visual = inputs["input_ids"] == model.config.image_token_id
+        frozen = ~visual if tokens == "text" else torch.ones_like(visual)
+
+        def discard(module, args, output, frozen=frozen):
+            return torch.where(frozen[..., None], args[0], output)
+
+        handles = [stock.model.language_model.layers[i].register_forward_hook(discard) for i in (0, 2)]
+        with torch.no_grad():
+            token = stock(**inputs).logits[:, -1].argmax(-1, keepdim=True)
+        for handle in handles:
+            handle.remove()
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], token], dim=1)
+        inputs["attention_mask"] = torch.cat([inputs["attention_mask"], torch.ones_like(token)], dim=1)
+    assert output.tolist() == inputs["input_ids"].tolist()
+
+
+def test_measuring_leaves_the_model_as_it_was(batch):
+    model = make_model(shortv_layers=[1]).train()
+    rank_layers(model, [batch])  # Transformers adds hooks of its own at the first call
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    for tokens in ("visual", "text", "all"):
+        rank_layers(model, [batch], tokens=tokens)
+    with pytest.raises(ValueError, match="9"), frozen_tokens(model, [9], "text"):
+        pass
+    assert model.config.shortv_layers == [1] and model.training
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()) == hooks
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_divergence_is_float32_in_half_precision(model, batch, dtype):
+    """Scores of a half-precision model are those that its own logits give in float32."""
+    half = make_model().to(dtype)
+    half.load_state_dict(model.state_dict())
+    row = solo_inputs(batch, ROWS, 0)
+    ranking = rank_layers(half, [row], layers_per_batch=1)
+    cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in row.items()}
+    logits = []
+    for layers in ([], [0]):
+        half.set_shortv_layers(layers)
+        with torch.no_grad():
+            logits.append(half(**cast).logits[:, -1].float().log_softmax(-1))
+    expected = float((logits[0].exp() * (logits[0] - logits[1])).sum())
+    assert ranking.scores[0] == pytest.approx(expected, abs=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------- the cost
+
+
+def count(function):
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it cannot see fused CPU attention
+        function()
+    return counter.get_total_flops()
+
+
+def test_cost_of_a_ranking():
+    """At most 0.56 x (L + 1) dense passes at L = 32, vision tower included."""
+    model = make_model(text="deep")
+    inputs = make_inputs(model, ["tttIttt"])
+    with torch.no_grad():
+        dense = count(lambda: model.model(**inputs, use_cache=False))
+    ranking = count(lambda: rank_layers(model, [inputs]))
+    assert ranking <= 0.56 * 33 * dense, ranking / dense / 33
+
+
+def test_memory_does_not_grow_with_the_samples(model):
+    """Samples are taken one after another from an iterator and not kept."""
+    alive, peak = [0], [0]
+
+    class Tensor(torch.Tensor):
+        def __del__(self):
+            alive[0] -= 1
+
+    def samples():
+        inputs = make_inputs(model, ["tIt"])
+        for _ in range(5):
+            ids = inputs["input_ids"].clone().as_subclass(Tensor)
+            alive[0] += 1
+            peak[0] = max(peak[0], alive[0])
+            yield {**inputs, "input_ids": ids}
+            del ids
+
+    assert len(rank_layers(model, samples()).sample_scores) == 5
+    assert peak[0] <= 2
+
+
+# ------------------------------------------------------------------------------------------------------- choosing N
+
+
+def test_choose_by_flops(model, batch):
+    ranking = rank_layers(model, [batch])
+    for ratio in (1.0, 0.8, 0.5):
+        n = choose_by_flops(ranking, model.config, ratio)
+        ratios = [flops_ratio(ranking.text_tokens, ranking.visual_tokens, model.config, N=i) for i in range(5)]
+        assert ratios[n] <= ratio and all(value > ratio for value in ratios[:n])
+    with pytest.raises(ValueError, match=r"0\.1 .*all 4 layers"):
+        choose_by_flops(ranking, model.config, 0.1)
+    with pytest.raises(ValueError, match="random"):
+        choose_by_flops(rank_layers(model, None, "random"), model.config, 0.5)
+
+
+def test_choose_by_kl(model, batch):
+    ranking = rank_layers(model, [batch])
+    _, curve = choose_by_kl(model, [batch], ranking, 0)
+    assert len(curve) == N_LAYERS + 1
+    for n, expected in enumerate(curve):
+        assert joint_kl(model, [batch], ranking.order[:n]) == pytest.approx(expected, abs=1e-7)
+    for limit in (0, max(curve), sorted(curve)[2]):
+        n = choose_by_kl(model, [batch], ranking, limit)[0]
+        assert n == 0 or curve[n] <= limit
+        assert all(value > limit for value in curve[n + 1 :])
+    with pytest.raises(ValueError, match="-1"):
+        choose_by_kl(model, [batch], ranking, -1)
+
+
+# ------------------------------------------------------------------------------------------------- LayerRanking, input
+
+
+def test_round_trip_and_apply(model, batch, tmp_path):
+    ranking = rank_layers(model, [batch], data="made up", kl="reverse")
+    ranking.save(tmp_path / "lc.json")
+    loaded = LayerRanking.load(tmp_path / "lc.json")
+    assert loaded == ranking
+    assert loaded.data["name"] == "made up" and loaded.data["samples"] == 3 and len(loaded.data["sha256"]) == 64
+    assert loaded.model["num_hidden_layers"] == N_LAYERS and {"torch", "transformers"} <= set(loaded.versions)
+    other = make_model()
+    loaded.apply(other, 2)
+    assert other.config.shortv_layers == ranking.order[:2]
+    with pytest.raises(ValueError, match="5"):
+        loaded.apply(other, 5)
+    with pytest.raises(ValueError, match="4 layers.*32"):
+        loaded.apply(make_model(text="deep"), 2)
+
+
+def test_data_identity(model, batch):
+    same = rank_layers(model, [batch]).data["sha256"] == rank_layers(model, [dict(batch)]).data["sha256"]
+    changed = {**batch, "pixel_values": batch["pixel_values"] + 1}
+    assert same and rank_layers(model, [batch]).data["sha256"] != rank_layers(model, [changed]).data["sha256"]
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "no json", '{"scores": [1], "order": [1]}'])
+def test_load_refuses_other_files(tmp_path, content):
+    file = tmp_path / "lc.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match="lc.json"):
+        LayerRanking.load(file)
+
+
+def test_bad_input(model, batch):
+    for arguments in ({"metric": "norm"}, {"tokens": "image"}, {"kl": "both"}):
+        with pytest.raises(ValueError, match="|".join(arguments.values())):
+            rank_layers(model, [batch], **arguments)
+    for metric in ("lc", "greedy", "cosine"):
+        with pytest.raises(ValueError, match="no samples"):
+            rank_layers(model, [], metric)
+    with pytest.raises(ValueError, match="no sample holds visual tokens"):
+        rank_layers(model, [make_inputs(model, ["ttt"])])
+    with pytest.raises(ValueError, match="LlavaForConditionalGeneration cannot freeze"):
+        rank_layers(make_stock(model), [batch])
+    with pytest.raises(ValueError, match="visual_mask"):
+        rank_layers(model, [{"inputs_embeds": torch.zeros(1, 3, 32)}])
+    with pytest.raises(ValueError, match="not a permutation"):
+        LayerRanking([0.0, 1.0], [0, 0], "lc", "visual", "forward", 0)
