@@ -1,5 +1,6 @@
 """The `shortv` command. Needs the `cli` extra."""
 
+import shutil
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -137,6 +138,110 @@ def flops(
     table.add_row("dense", "0", f"{dense / 1e12:.3f}", "100.0%")
     table.add_row("ShortV", f"{n} of {config.text_config.num_hidden_layers}", f"{sparse / 1e12:.3f}", f"{ratio:.1%}")
     Console().print(table)
+
+
+@app.command()
+def lc(
+    model: Annotated[str, typer.Argument(help="Hub id or directory of a LLaVA checkpoint or a ShortV repo.")],
+    data: Annotated[
+        str, typer.Option(help="gqa, flickr30k, shapes or folders of pictures with a JSONL file, separated by commas.")
+    ] = "gqa,flickr30k",
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each source.")] = 20,
+    metric: Annotated[str, typer.Option(help="lc, greedy, cosine or random.")] = "lc",
+    kl: Annotated[str, typer.Option(help="forward (the paper) or reverse (the released code).")] = "forward",
+    seed: Annotated[int, typer.Option(help="Of the choice of samples and of a random ranking.")] = 0,
+    num_layers: Annotated[int | None, typer.Option(help="Freeze this number of layers.")] = None,
+    flops_ratio: Annotated[float | None, typer.Option(help="Freeze as few as reach this share of FLOPs.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Freeze as many as cost at most this KL, in nats.")] = None,
+    text: Annotated[bool, typer.Option(help="Measure the layers for text tokens as well, for comparison.")] = True,
+    output: Annotated[Path, typer.Option(help="Directory for ranking.json and the plot.")] = Path(
+        "layer_contribution"
+    ),
+    save_model: Annotated[Path | None, typer.Option(help="Write a repo with the chosen layers here.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto (several devices).")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+):
+    """Rank the decoder layers of a model on data, choose which to freeze, and write a repo that freezes them."""
+    from . import calibration_data, chat, plots
+    from . import layer_contribution as lcs
+    from .flops import flops_ratio as ratio_of_flops
+
+    budgets = {"--num-layers": num_layers, "--flops-ratio": flops_ratio, "--max-kl": max_kl}
+    given = [name for name, value in budgets.items() if value is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} exclude each other")
+    if save_model is not None and not given:
+        raise ValueError(f"--save-model needs one of {', '.join(budgets)}")
+    if save_model is not None and save_model.resolve() == Path(model).resolve():
+        raise ValueError(f"--save-model {save_model} is the checkpoint itself; name another directory")
+    plots.check_matplotlib()
+
+    loaded, processor = chat.load(model, None, device, dtype)
+    inputs = list(calibration_data.load_samples(data, processor, samples, seed))
+    options = {"kl": kl, "seed": seed, "data": f"{data}, {samples} each, seed {seed}"}
+    ranking = lcs.rank_layers(loaded, inputs, metric, **options)
+    scores = {"visual tokens": ranking.scores}
+    if text and metric in ("lc", "cosine"):
+        scores["text tokens"] = lcs.rank_layers(loaded, inputs, metric, "text", **options).scores
+    n = lcs.choose_num_layers(loaded, inputs, ranking, num_layers, flops_ratio, max_kl, kl) if given else None
+
+    output.mkdir(parents=True, exist_ok=True)
+    ranking.save(output / "ranking.json")
+    plots.plot_layer_scores(scores, SCORE_LABELS[metric], output / "layer_scores.png")
+    _print_ranking(ranking, scores, n)
+    print(f"{output}: ranking.json, layer_scores.png")
+    if n is not None:
+        ranking.apply(loaded, n)
+        cost = lcs.joint_kl(loaded, inputs, ranking.layers(n), kl)
+        layers = ",".join(map(str, ranking.layers(n)))
+        print(f"freezes {n} of {len(ranking.order)} layers, joint KL {cost:.3g} nats: {layers}")
+        if ranking.text_tokens is not None:
+            t, v = ranking.text_tokens, ranking.visual_tokens
+            share = ratio_of_flops(t, v, loaded.config)
+            print(f"{share:.1%} of the prefill's FLOPs at the samples' t = {t:.0f} text and v = {v:.0f} visual tokens")
+    if save_model is not None:
+        _write_repo(model, loaded.config, save_model)
+        print(f"{save_model}: a repo that freezes these layers")
+
+
+SCORE_LABELS = {
+    "lc": "Layer Contribution (nats)",
+    "greedy": "joint KL when chosen (nats)",
+    "cosine": "cosine similarity",
+    "random": "random number",
+}
+
+
+def _print_ranking(ranking, scores: dict[str, list[float]], n: int | None):
+    """A row per layer, the most ineffective first; the first `n` are the frozen ones."""
+    table = Table(title=f"{SCORE_LABELS[ranking.metric]}, {ranking.data.get('samples', 0)} samples")
+    for column in ("rank", "layer", *scores, *(() if n is None else ("frozen",))):
+        table.add_column(column, justify="right")
+    for rank, layer in enumerate(ranking.order):
+        frozen = () if n is None else ("yes" if rank < n else "",)
+        table.add_row(str(rank + 1), str(layer), *(f"{values[layer]:.4g}" for values in scores.values()), *frozen)
+    Console().print(table)
+
+
+def _write_repo(model: str, config, output: Path):
+    """A repo with this config, for the checkpoint in a directory or on the Hub: it references the checkpoint, or, of a
+    checkpoint that is a ShortV repo with weights of its own, copies them."""
+    from huggingface_hub import snapshot_download
+
+    from . import hub
+
+    own_weights = config.base_model_name_or_path is None
+    patterns = [*hub.PROCESSOR_FILES, "generation_config.json", *(WEIGHT_FILES if own_weights else ())]
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(model, revision=config.base_model_revision, allow_patterns=patterns))
+    hub.build_repo(config, output, folder)
+    for pattern in WEIGHT_FILES if own_weights else ():
+        for file in folder.glob(pattern):
+            shutil.copyfile(file, output / file.name)
+
+
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
 @app.command()

@@ -234,6 +234,29 @@ def choose_by_kl(
     return max(n for n, value in enumerate(curve) if n == 0 or value <= max_kl), curve
 
 
+def choose_num_layers(
+    model: PreTrainedModel,
+    samples: Iterable[dict],
+    ranking: LayerRanking,
+    num_layers: int | None = None,
+    flops_ratio: float | None = None,
+    max_kl: float | None = None,
+    kl: str = "forward",
+) -> int:
+    """N by the one budget that is given: a number of layers, [`choose_by_flops`] or [`choose_by_kl`].
+
+    Raises:
+        ValueError: unless exactly one is given, or if it is out of range or out of reach.
+    """
+    if sum(budget is not None for budget in (num_layers, flops_ratio, max_kl)) != 1:
+        raise ValueError("give exactly one of num_layers, flops_ratio and max_kl")
+    if num_layers is not None:
+        return len(ranking.layers(num_layers))
+    if flops_ratio is not None:
+        return choose_by_flops(ranking, model.config, flops_ratio)
+    return choose_by_kl(model, samples, ranking, max_kl, kl)[0]
+
+
 @contextmanager
 def frozen_tokens(model: PreTrainedModel, layers: list[int], tokens: str = "visual") -> Iterator[PreTrainedModel]:
     """The model with `tokens` frozen in `layers`, and nothing else, for a while: to measure, not to serve.
@@ -525,6 +548,7 @@ __all__ = [
     "LayerRanking",
     "choose_by_flops",
     "choose_by_kl",
+    "choose_num_layers",
     "frozen_tokens",
     "joint_kl",
     "joint_kl_curve",

@@ -1,4 +1,4 @@
-"""Pictures for READMEs and model cards, drawn with Pillow alone."""
+"""Pictures for READMEs and model cards. Charts of measurements need matplotlib (the `calibrate` extra)."""
 
 from pathlib import Path
 
@@ -49,3 +49,65 @@ def draw_frozen_layers(config: PretrainedConfig, output: str | Path, t: int, v: 
     draw.text((width - left, y), "decoder layer", INK, small, anchor="ra")
     image.save(output, optimize=True)
     return Path(output)
+
+
+def plot_layer_scores(scores: dict[str, list[float]], label: str, output: str | Path) -> Path:
+    """Bars of one score per layer and kind of token, as in Figure 3 of the paper.
+
+    Args:
+        scores: values per layer by name, such as `{"visual tokens": [...], "text tokens": [...]}`.
+        label: of the vertical axis.
+        output: the PNG file; returned.
+    """
+    figure, axes = _figure(9, 3.2)
+    width = 0.8 / len(scores)
+    for number, (name, values) in enumerate(scores.items()):
+        places = [layer + (number - (len(scores) - 1) / 2) * width for layer in range(len(values))]
+        axes.bar(places, values, width, label=name, color=(VISUAL, TEXT, INK)[number])
+    axes.set(xlabel="decoder layer", ylabel=label)
+    axes.set_xticks(range(len(values)))
+    axes.legend(frameon=False)
+    figure.savefig(output, dpi=150)
+    return Path(output)
+
+
+def plot_curves(panels: dict[str, dict[str, dict]], x_label: str, output: str | Path) -> Path:
+    """Panels of curves side by side.
+
+    Args:
+        panels: by the label of the vertical axis, curves by name: `{"x": [...], "y": [...]}` with optional "low" and
+            "high", which are drawn as a band.
+        x_label: of the horizontal axes.
+        output: the PNG file; returned.
+    """
+    figure, all_axes = _figure(5 * len(panels), 3.6, len(panels))
+    for axes, (label, curves) in zip(all_axes, panels.items(), strict=True):
+        for name, curve in curves.items():
+            (line,) = axes.plot(curve["x"], curve["y"], marker="o", markersize=3, label=name)
+            if "low" in curve:
+                axes.fill_between(curve["x"], curve["low"], curve["high"], alpha=0.15, color=line.get_color())
+        axes.set(xlabel=x_label, ylabel=label)
+    all_axes[0].legend(frameon=False)
+    figure.savefig(output, dpi=150)
+    return Path(output)
+
+
+def check_matplotlib():
+    """Raises `ValueError` if charts cannot be drawn; called before long measurements, not after."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ValueError(f"charts need the extra: pip install '.[calibrate]' ({error})") from None
+
+
+def _figure(width: float, height: float, panels: int | None = None):
+    check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)  # no window system
+    axes = [figure.add_subplot(1, panels or 1, number + 1) for number in range(panels or 1)]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes if panels else axes[0]

@@ -1,12 +1,16 @@
 """The `shortv` command."""
 
+import json
 from pathlib import Path
 
 import pytest
 from helpers import make_model
+from PIL import Image
 from processor_files import write_processor
 from test_base_weights import write_checkpoint
 from transformers import AutoModelForImageTextToText
+
+from shortv_hf.layer_contribution import LayerRanking, choose_by_flops
 
 
 typer_testing = pytest.importorskip("typer.testing")
@@ -67,3 +71,73 @@ def test_errors_are_one_line(monkeypatch):
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert str(stop.value.code).startswith("shortv: ") and "/no/such/model" in str(stop.value.code)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """An original checkpoint with a processor, and pictures with prompts beside it."""
+    folder = tmp_path_factory.mktemp("lc")
+    base = write_checkpoint(folder / "base", make_model())
+    write_processor(base)
+    data = folder / "data"
+    data.mkdir()
+    for number in range(3):
+        Image.new("RGB", (20, 20), (80 * number, 0, 0)).save(data / f"{number}.png")
+    lines = [json.dumps({"image": f"{number}.png", "prompt": f"w{number + 3}"}) for number in range(3)]
+    (data / "prompts.jsonl").write_text("\n".join(lines))
+    return base, data
+
+
+@pytest.mark.parametrize("budget", [("--num-layers", 2), ("--flops-ratio", 0.7), ("--max-kl", 1000)])
+@pytest.mark.parametrize("metric", ["lc", "greedy"])
+def test_lc(base, tmp_path, budget, metric):
+    base, data = base
+    result = invoke(
+        "lc", base, "--data", data, "--samples", 2, "--metric", metric, *budget,
+        "--output", tmp_path / "out", "--save-model", tmp_path / "repo",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    ranking = LayerRanking.load(tmp_path / "out" / "ranking.json")
+    assert ranking.metric == metric and ranking.data["samples"] == 2 and str(data) in ranking.data["name"]
+    Image.open(tmp_path / "out" / "layer_scores.png").verify()
+    n = {"--num-layers": 2, "--max-kl": 4}.get(budget[0])
+    if n is None:
+        n = choose_by_flops(ranking, make_model().config, 0.7)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "repo")
+    assert model.config.shortv_layers == ranking.order[:n] and 0 < n
+    assert model.config.base_model_name_or_path == str(base)
+    assert not list((tmp_path / "repo").glob("*.safetensors"))
+    assert f"freezes {n} of 4 layers" in result.output
+
+
+def test_lc_of_a_repo_with_its_own_weights(base, tmp_path):
+    base, data = base
+    make_model(shortv_layers=[0]).save_pretrained(tmp_path / "own")
+    write_processor(tmp_path / "own")
+    result = invoke(
+        "lc", tmp_path / "own", "--data", data, "--samples", 1, "--metric", "random", "--num-layers", 3,
+        "--output", tmp_path / "out", "--save-model", tmp_path / "repo",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    own, made = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("own", "repo"))
+    assert own == made
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path / "repo")
+    assert len(model.config.shortv_layers) == 3 and model.config.base_model_name_or_path is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--num-layers", 2, "--max-kl", 1), "--num-layers and --max-kl exclude each other"),
+        (("--save-model", "repo"), "--save-model needs one of"),
+        (("--num-layers", 5), "cannot freeze 5 layers"),
+        (("--flops-ratio", 0.01), "out of reach"),
+        (("--metric", "norm"), "unknown metric"),
+        (("--data", "vqav2"), "unknown data"),
+    ],
+)
+def test_lc_refuses(base, tmp_path, arguments, message):
+    base, data = base
+    result = invoke("lc", base, "--data", data, "--samples", 1, "--output", tmp_path / "out", *arguments)
+    assert result.exit_code == 1 and message in str(result.exception)
+    assert not (tmp_path / "out").exists()
