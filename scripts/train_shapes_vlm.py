@@ -27,7 +27,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from torch import nn
 from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration, shapes
+from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration, evaluation, shapes
+from shortv_hf.calibration_data import load_samples
+from shortv_hf.layer_contribution import rank_layers
 
 
 IMAGE_SIZE, PATCH = 64, 8
@@ -257,8 +259,9 @@ class PackedData(torch.utils.data.Dataset):
     every conversation starts at the same position. `labels` holds the next token where it belongs to an answer.
     """
 
-    # Up to this number of pictures: the shares of conversations that are captions and listings.
-    MIX = ((5_000, 0.15, 0.15), (math.inf, 0.05, 0.15))
+    # Up to this number of pictures: the shares of conversations that are captions and listings. Single questions alone
+    # teach a model to guess among the objects it sees; to say all about each object teaches which belong together.
+    MIX = ((5_000, 0.15, 0.15), (19_500, 0.05, 0.15), (50_000, 0.15, 0.50), (math.inf, 0.05, 0.20))
     # How often each type of question is asked: what is learnt last is asked most.
     WEIGHTS = {"color": 1, "shape": 1, "size": 1, "count": 2, "existence": 1.5, "place": 2, "relation": 3}
 
@@ -582,57 +585,6 @@ def write_config(output: Path, shortv_layers: list[int]):
     write_json(output / "config.json", {**own, **fields})
 
 
-@torch.no_grad()
-def rank_layers(model, processor, n: int = 64) -> list[int]:
-    """Layers by the KL divergence of the next-token distribution when only they freeze visual tokens, lowest first."""
-    samples = []
-    for seed in range(n):
-        rng = random.Random(seed)
-        scene = shapes.make_scene(rng)
-        samples.append((scene, shapes.questions(scene, rng, 1)[0]))
-    inputs = make_inputs(processor, samples).to(model.device)
-
-    def next_token():
-        return model(**inputs).logits[:, -1].float().log_softmax(-1)
-
-    model.set_shortv_layers([])
-    dense, scores = next_token(), []
-    for layer in range(model.config.text_config.num_hidden_layers):
-        model.set_shortv_layers([layer])
-        scores.append(nn.functional.kl_div(next_token(), dense, log_target=True, reduction="batchmean").item())
-    print("KL per layer:", [round(score, 5) for score in scores])
-    return sorted(range(len(scores)), key=lambda layer: scores[layer])
-
-
-def make_inputs(processor, samples):
-    """Model inputs of (scene, question) pairs."""
-    prompts = [
-        processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]}],
-            add_generation_prompt=True,
-        )
-        for _, question in samples
-    ]
-    images = [shapes.draw(scene) for scene, _ in samples]
-    return processor(images=images, text=prompts, return_tensors="pt", padding=True)
-
-
-@torch.no_grad()
-def evaluate(model, processor, n: int, batch_size: int = 50) -> dict:
-    """Accuracy of generated answers (the whole answer must be right) on `n` held-out questions: overall and by type."""
-    samples = list(shapes.held_out_questions(n))
-    right = {name: [] for name in shapes.QUESTION_TYPES}
-    for start in range(0, n, batch_size):
-        chunk = samples[start : start + batch_size]
-        inputs = make_inputs(processor, chunk).to(model.device)
-        output = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-        answers = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for (_, question), answer in zip(chunk, answers, strict=True):
-            right[question.type].append(answer.strip() == question.answer)
-    overall = [value for values in right.values() for value in values]
-    return {name: (sum(v) / len(v), len(v)) for name, v in {"overall": overall, **right}.items()}
-
-
 def export(args):
     """Write the repo, rank its layers, and print its accuracy with no layer, the chosen ones and all layers frozen."""
     state = torch.load(args.run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
@@ -640,17 +592,23 @@ def export(args):
     model = ShortVLlavaForConditionalGeneration.from_pretrained(args.output, dtype=torch.float32).eval()
     model.to(args.device)
     processor = AutoProcessor.from_pretrained(args.output)
-    order = rank_layers(model, processor)
-    write_config(args.output, order[: args.frozen])
-    results = {}
-    for name, layers in (("dense", []), (f"ShortV {args.frozen}", order[: args.frozen]), ("all frozen", order)):
+    ranking = rank_layers(
+        model, load_samples("shapes", processor, args.samples), data=f"shapes, {args.samples}, seed 0"
+    )
+    ranking.save(args.output / "ranking.json")
+    write_config(args.output, ranking.layers(args.frozen))
+    cases = evaluation.held_out_cases(args.questions)
+    results = {"questions": args.questions, "frozen_layers": ranking.layers(args.frozen), "accuracy": {}}
+    for name, layers in (("dense", []), ("shortv", ranking.layers(args.frozen)), ("all_frozen", ranking.order)):
         model.set_shortv_layers(layers)
-        results[name] = evaluate(model, processor, args.questions)
+        results["accuracy"][name] = evaluation.accuracy(evaluation.answer(model, processor, cases), cases)
         print(f"{name} {layers}")
-        for question_type, (accuracy, count) in results[name].items():
-            print(f"    {question_type:10} {accuracy:.1%} of {count}", flush=True)
+        for question_type, share in results["accuracy"][name].items():
+            print(f"    {question_type:10} {share:.1%}", flush=True)
+    results["training"] = state["progress"] | {"parameters": sum(p.numel() for p in model.parameters())}
+    write_json(args.output / "results.json", results)
     size = sum(file.stat().st_size for file in args.output.iterdir())
-    print(f"{state['progress']}; {args.output}: {size / 1e6:.1f} MB")
+    print(f"{results['training']}; {args.output}: {size / 1e6:.1f} MB")
 
 
 def main():
@@ -660,6 +618,7 @@ def main():
     parser.add_argument("--output", type=Path, default=default_output, help="folder that --export writes")
     parser.add_argument("--export", action="store_true", help="write and evaluate the repo instead of training")
     parser.add_argument("--frozen", type=int, default=7, help="--export: number of frozen layers in the config")
+    parser.add_argument("--samples", type=int, default=200, help="--export: samples that the layers are ranked on")
     parser.add_argument("--questions", type=int, default=1400, help="--export: held-out questions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true", help="autocast; faster where the hardware has bfloat16")

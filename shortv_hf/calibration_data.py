@@ -29,11 +29,16 @@ FLICKR30K_PROMPT = "Provide a one-sentence caption for the provided image."
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt about pictures. `answer` is the right one where the source knows it."""
+    """A prompt about pictures. `answer` is the right one, `type` the kind of question, where the source knows them."""
 
     images: tuple[Image.Image, ...]
     prompt: str
     answer: str | None = None
+    type: str | None = None
+
+    def content(self) -> list[dict]:
+        """The user's message for a chat template."""
+        return [{"type": "image"} for _ in self.images] + [{"type": "text", "text": self.prompt}]
 
 
 def load_samples(data: str, processor: ProcessorMixin, n: int = 20, seed: int = 0) -> Iterator[dict]:
@@ -62,8 +67,7 @@ def load_cases(data: str, n: int = 20, seed: int = 0) -> Iterator[Case]:
 
 def encode(case: Case, processor: ProcessorMixin) -> dict:
     """Model inputs of one case, by the processor's chat template."""
-    content = [{"type": "image"} for _ in case.images] + [{"type": "text", "text": case.prompt}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    text = processor.apply_chat_template([{"role": "user", "content": case.content()}], add_generation_prompt=True)
     return dict(processor(images=list(case.images) or None, text=text, return_tensors="pt"))
 
 
@@ -116,7 +120,7 @@ def _shapes(n: int, seed: int) -> Iterator[Case]:
         rng = random.Random(index)
         scene = shapes.make_scene(rng)
         question = shapes.questions(scene, rng, 1)[0]
-        yield Case((shapes.draw(scene),), question.text, question.answer)
+        yield Case((shapes.draw(scene),), question.text, question.answer, question.type)
 
 
 def _from_folder(folder: str) -> Callable:

@@ -51,13 +51,14 @@ def draw_frozen_layers(config: PretrainedConfig, output: str | Path, t: int, v: 
     return Path(output)
 
 
-def plot_layer_scores(scores: dict[str, list[float]], label: str, output: str | Path) -> Path:
+def plot_layer_scores(scores: dict[str, list[float]], label: str, output: str | Path, log: bool = False) -> Path:
     """Bars of one score per layer and kind of token, as in Figure 3 of the paper.
 
     Args:
         scores: values per layer by name, such as `{"visual tokens": [...], "text tokens": [...]}`.
         label: of the vertical axis.
         output: the PNG file; returned.
+        log: logarithmic axis; a score of 0 then has no bar.
     """
     figure, axes = _figure(9, 3.2)
     width = 0.8 / len(scores)
@@ -66,6 +67,8 @@ def plot_layer_scores(scores: dict[str, list[float]], label: str, output: str | 
         axes.bar(places, values, width, label=name, color=(VISUAL, TEXT, INK)[number])
     axes.set(xlabel="decoder layer", ylabel=label)
     axes.set_xticks(range(len(values)))
+    if log:
+        axes.set_yscale("log")
     axes.legend(frameon=False)
     figure.savefig(output, dpi=150)
     return Path(output)

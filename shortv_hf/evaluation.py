@@ -1,0 +1,70 @@
+"""Answers of a model to many questions about pictures, and how many are right."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import PreTrainedModel, ProcessorMixin
+
+from . import shapes
+from .calibration_data import Case
+
+
+def held_out_cases(n: int) -> list[Case]:
+    """`n` questions on scenes that the demonstration model was not trained on, all types in turn."""
+    return [
+        Case((shapes.draw(scene),), question.text, question.answer, question.type)
+        for scene, question in shapes.held_out_questions(n)
+    ]
+
+
+def encode_batches(processor: ProcessorMixin, cases: Sequence[Case], batch_size: int) -> Iterator[dict]:
+    """Model inputs of the cases, padded on the left, `batch_size` at a time."""
+    for start in range(0, len(cases), batch_size):
+        chunk = cases[start : start + batch_size]
+        prompts = [
+            processor.apply_chat_template([{"role": "user", "content": case.content()}], add_generation_prompt=True)
+            for case in chunk
+        ]
+        images = [image for case in chunk for image in case.images]
+        yield dict(
+            processor(images=images or None, text=prompts, return_tensors="pt", padding=True, padding_side="left")
+        )
+
+
+@torch.inference_mode()
+def answer(
+    model: PreTrainedModel,
+    processor: ProcessorMixin,
+    cases: Sequence[Case],
+    batch_size: int = 50,
+    max_new_tokens: int = 8,
+    make_kwargs=None,
+    **generate_kwargs,
+) -> list[str]:
+    """Greedy answers to the cases. `make_kwargs(inputs)` gives arguments of `generate` that depend on the batch."""
+    answers = []
+    for inputs in encode_batches(processor, cases, batch_size):
+        inputs = {
+            name: value.to(model.device, model.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+        extra = make_kwargs(inputs) if make_kwargs else {}
+        output = model.generate(**inputs, **extra, max_new_tokens=max_new_tokens, do_sample=False, **generate_kwargs)
+        answers += processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [text.strip() for text in answers]
+
+
+def is_right(given: str, expected: str) -> bool:
+    """Exact match, but for case and a full stop at the end."""
+    return given.strip().rstrip(".").lower() == expected.strip().rstrip(".").lower()
+
+
+def accuracy(answers: Sequence[str], cases: Sequence[Case]) -> dict[str, float]:
+    """Share of right answers: "overall" and, where cases have a type, by type."""
+    right = {"overall": []}
+    for text, case in zip(answers, cases, strict=True):
+        if case.answer is None:
+            raise ValueError(f"the case {case.prompt!r} has no answer to compare with")
+        for name in ("overall", *([case.type] if case.type else [])):
+            right.setdefault(name, []).append(is_right(text, case.answer))
+    return {name: sum(values) / len(values) for name, values in right.items()}
