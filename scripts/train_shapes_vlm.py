@@ -259,9 +259,16 @@ class PackedData(torch.utils.data.Dataset):
     every conversation starts at the same position. `labels` holds the next token where it belongs to an answer.
     """
 
-    # Up to this number of pictures: the shares of conversations that are captions and listings. Single questions alone
-    # teach a model to guess among the objects it sees; to say all about each object teaches which belong together.
-    MIX = ((5_000, 0.15, 0.15), (19_500, 0.05, 0.15), (50_000, 0.15, 0.50), (math.inf, 0.05, 0.20))
+    # Up to this number of pictures: the shares of conversations that are captions, listings and comparisons. Single
+    # questions alone teach a model to guess among the objects it sees; to say all about an object teaches what belongs
+    # together, and to name the relation of two objects teaches more than yes or no.
+    MIX = (
+        (5_000, 0.15, 0.15, 0.0),
+        (19_500, 0.05, 0.15, 0.0),
+        (26_000, 0.15, 0.50, 0.0),
+        (60_000, 0.08, 0.27, 0.30),
+        (math.inf, 0.05, 0.15, 0.10),
+    )
     # How often each type of question is asked: what is learnt last is asked most.
     WEIGHTS = {"color": 1, "shape": 1, "size": 1, "count": 2, "existence": 1.5, "place": 2, "relation": 3}
 

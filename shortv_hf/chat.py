@@ -68,6 +68,19 @@ def load(model: str, layers: list[int] | None = None, device: str = "cpu", dtype
     return loaded.eval(), processor
 
 
+def demo_model() -> str:
+    """The directory of the demonstration model that this repository carries, also in an installed package.
+
+    Raises:
+        ValueError: if the installation lacks it.
+    """
+    package = Path(__file__).parent
+    for folder in (package / "demo", package.parent / "hub_configs" / "shortv-shapes-demo"):
+        if (folder / "model.safetensors").is_file():
+            return str(folder)
+    raise ValueError("this installation lacks the demonstration model; name another one with --model")
+
+
 def load_images(names: list[str]) -> list:
     """RGB images from paths or URLs. Raises `ValueError` that names the one that cannot be read."""
     images = []

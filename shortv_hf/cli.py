@@ -20,8 +20,16 @@ except ImportError as error:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="ShortV for Hugging Face LLaVA models.")
 
 
+def _version(wanted: bool):
+    if wanted:
+        from . import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def shortv():
+def shortv(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False):
     """ShortV for Hugging Face LLaVA models."""
 
 
@@ -41,7 +49,13 @@ def _parse_layers(layers: str) -> list[int]:
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Option(help="Hub id or directory of a ShortV repo or a LLaVA checkpoint.")],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Hub id or directory of a ShortV repo or a LLaVA checkpoint; default: a small model that "
+            "answers questions about coloured shapes."
+        ),
+    ] = None,
     image: Annotated[
         list[str] | None, typer.Option(help="Path or URL of a picture; may be given several times.")
     ] = None,
@@ -63,7 +77,7 @@ def chat(
         raise ValueError("--compare and --json need a --prompt")
     chosen = [] if dense else None if layers is None else _parse_layers(layers)
     images = chats.load_images(image or [])
-    loaded, processor = chats.load(model, chosen, device, dtype)
+    loaded, processor = chats.load(model or chats.demo_model(), chosen, device, dtype)
     if compare:
         _print_comparison(chats.compare(loaded, processor, prompt, images, max_new_tokens), json)
         return
@@ -130,13 +144,16 @@ def flops(
         visual_tokens = 2880 if config.base_model_type == "llava_next" else 576
     n = len(config.shortv_layers)
     table = Table(title=f"Prefill, t = {text_tokens}, v = {visual_tokens}")
-    for column in ("", "frozen layers", "TFLOPs", "ratio"):
+    unit, scale = (
+        ("TFLOPs", 1e12) if prefill_flops(text_tokens, visual_tokens, config, N=0) > 1e11 else ("GFLOPs", 1e9)
+    )
+    for column in ("", "frozen layers", unit, "ratio"):
         table.add_column(column, justify="right")
     dense = prefill_flops(text_tokens, visual_tokens, config, N=0)
     sparse = prefill_flops(text_tokens, visual_tokens, config)
     ratio = flops_ratio(text_tokens, visual_tokens, config)
-    table.add_row("dense", "0", f"{dense / 1e12:.3f}", "100.0%")
-    table.add_row("ShortV", f"{n} of {config.text_config.num_hidden_layers}", f"{sparse / 1e12:.3f}", f"{ratio:.1%}")
+    table.add_row("dense", "0", f"{dense / scale:.3f}", "100.0%")
+    table.add_row("ShortV", f"{n} of {config.text_config.num_hidden_layers}", f"{sparse / scale:.3f}", f"{ratio:.1%}")
     Console().print(table)
 
 

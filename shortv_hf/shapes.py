@@ -295,9 +295,31 @@ def listing(scene: Scene, rng: random.Random) -> tuple[str, str]:
     return f"Describe the {phrase}.", _describe(found) if found else f"no {phrase}"
 
 
-def conversation(scene: Scene, rng: random.Random, captions: float = 0.15, listings: float = 0.0, weights=None):
-    """A list of turns (prompt, answer): mostly a single question, sometimes (10 %) two or three. With probability
-    `captions` it is a caption, which one or two questions may follow, with probability `listings` a listing.
+def comparison(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
+    """A prompt that asks how two objects lie to each other, and the answer, such as "left of, above". `None` if the
+    scene has no two objects that can be told apart."""
+    if len(scene.objects) < 2:
+        return None
+    first, second = rng.sample(scene.objects, 2)
+    references = [_refer(scene, obj, rng, ("size", "color", "shape"), place=False) for obj in (first, second)]
+    if None in references:
+        return None
+    (row, column), (other_row, other_column) = divmod(first.place, 3), divmod(second.place, 3)
+    sides = [("left of", "right of")[column > other_column]] if column != other_column else []
+    sides += [("above", "below")[row > other_row]] if row != other_row else []
+    return f"Is the {references[0]} left of, right of, above, below the {references[1]}?", ", ".join(sides)
+
+
+def conversation(
+    scene: Scene,
+    rng: random.Random,
+    captions: float = 0.15,
+    listings: float = 0.0,
+    comparisons: float = 0.0,
+    weights: dict[str, float] | None = None,
+) -> list[tuple[str, str]]:
+    """Turns (prompt, answer): mostly a single question, sometimes (10 %) two or three. With probability `captions` it
+    is a caption, which one or two questions may follow, with `listings` a listing, with `comparisons` a comparison.
     `weights` as for `questions`."""
     kind, turns = rng.random(), []
     if kind < captions:
@@ -306,8 +328,11 @@ def conversation(scene: Scene, rng: random.Random, captions: float = 0.15, listi
     elif kind < captions + listings:
         turns.append(listing(scene, rng))
         n_questions = 0
+    elif kind < captions + listings + comparisons and (pair := comparison(scene, rng)) is not None:
+        turns.append(pair)
+        n_questions = 0
     else:
-        n_questions = rng.randint(2, 3) if kind < captions + listings + 0.1 else 1
+        n_questions = rng.randint(2, 3) if rng.random() < 0.1 else 1
     return turns + [(question.text, question.answer) for question in questions(scene, rng, n_questions, weights)]
 
 
@@ -349,6 +374,7 @@ __all__ = [
     "all_texts",
     "ask",
     "caption",
+    "comparison",
     "conversation",
     "draw",
     "held_out_questions",

@@ -84,3 +84,28 @@ def test_held_out_scenes_are_not_for_training():
     assert [question.type for _, question in questions] == list(shapes.QUESTION_TYPES) * 10
     training = {sample(seed)[0] for seed in range(500)}
     assert not training & {scene for scene, _ in questions}
+
+
+def test_comparisons_are_true():
+    """Re-derived from the centres of the two objects."""
+    found = 0
+    for seed in range(300):
+        scene, rng = sample(seed)
+        pair = shapes.comparison(scene, rng)
+        if pair is None:
+            continue
+        found += 1
+        first, second = (
+            pair[0].removeprefix("Is the ").removesuffix("?").split(" left of, right of, above, below the ")
+        )
+
+        def only(reference):
+            words = reference.split()
+            (obj,) = (o for o in scene.objects if all(w in (o.color, o.size, o.shape, "object") for w in words))
+            return obj
+
+        a, b = only(first), only(second)
+        expected = [] if a.place % 3 == b.place % 3 else ["left of" if a.x < b.x else "right of"]
+        expected += [] if a.place // 3 == b.place // 3 else ["above" if a.y < b.y else "below"]
+        assert pair[1] == ", ".join(expected) != ""
+    assert found > 100
