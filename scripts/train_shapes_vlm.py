@@ -266,7 +266,7 @@ class PackedData(torch.utils.data.Dataset):
         (5_000, 0.15, 0.15, 0.0),
         (19_500, 0.05, 0.15, 0.0),
         (26_000, 0.15, 0.50, 0.0),
-        (60_000, 0.08, 0.27, 0.30),
+        (52_000, 0.08, 0.27, 0.30),
         (math.inf, 0.05, 0.15, 0.10),
     )
     # How often each type of question is asked: what is learnt last is asked most.
@@ -614,6 +614,8 @@ def export(args):
             print(f"    {question_type:10} {share:.1%}", flush=True)
     results["training"] = state["progress"] | {"parameters": sum(p.numel() for p in model.parameters())}
     write_json(args.output / "results.json", results)
+    scenes = (scene for scene, _ in shapes.held_out_questions(1000, seed=1))
+    shapes.draw(next(scene for scene in scenes if len(scene.objects) == 4), 336).save(args.output / "example.png")
     size = sum(file.stat().st_size for file in args.output.iterdir())
     print(f"{results['training']}; {args.output}: {size / 1e6:.1f} MB")
 

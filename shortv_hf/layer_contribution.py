@@ -504,9 +504,10 @@ def _repeat(value, rows: int, copies: int):
 
 def _to_device(model: PreTrainedModel, sample: dict) -> dict:
     moved = {}
+    device = None if model.device.type == "meta" else model.device  # offloaded: the model's own hooks move inputs
     for name, value in sample.items():
         if torch.is_tensor(value):
-            value = value.to(model.device, model.dtype if value.is_floating_point() else None)
+            value = value.to(device=device, dtype=model.dtype if value.is_floating_point() else None)
         moved[name] = value
     return moved
 

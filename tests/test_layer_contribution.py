@@ -259,6 +259,30 @@ def test_divergence_is_float32_in_half_precision(model, batch, dtype):
     assert ranking.scores[0] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("offloaded", ["model.vision_tower", "model.language_model.layers.2"])
+def test_device_map(model, batch, tmp_path, offloaded):
+    """A model whose parts lie on several devices; here one part waits on the disk."""
+    model.save_pretrained(tmp_path / "repo")
+    device_map = {
+        "model.vision_tower": "cpu",
+        "model.multi_modal_projector": "cpu",
+        "model.language_model.embed_tokens": "cpu",
+        "model.language_model.norm": "cpu",
+        "model.language_model.rotary_emb": "cpu",
+        "lm_head": "cpu",
+        **{f"model.language_model.layers.{i}": "cpu" for i in range(N_LAYERS)},
+        offloaded: "disk",
+    }
+    parts = type(model).from_pretrained(
+        tmp_path / "repo", device_map=device_map, offload_folder=tmp_path / "offload", dtype=torch.float32
+    )
+    assert any(p.device.type == "meta" for p in parts.parameters())
+    for metric in ("lc", "cosine"):
+        expected, ranking = rank_layers(model, [batch], metric), rank_layers(parts, [batch], metric)
+        torch.testing.assert_close(torch.tensor(ranking.sample_scores), torch.tensor(expected.sample_scores), **CLOSE)
+    assert joint_kl(parts, [batch], [0, 2]) == pytest.approx(joint_kl(model, [batch], [0, 2]), abs=1e-6)
+
+
 # --------------------------------------------------------------------------------------------------------- the cost
 
 
