@@ -123,7 +123,7 @@ def rank_layers(
         samples: model inputs as a processor returns them (`input_ids` `[B, S]`, `pixel_values`, ...), text rows without
             images allowed, padding on the left. Every row of a batch is a sample. Not needed for "random".
         metric: "lc" (paper Section 2.2); "greedy" (ours: each next layer is the one whose joint freezing with those
-            chosen before costs least KL; about L/3 times the cost of "lc"); "cosine" (Table 6: mean cosine similarity
+            chosen before costs least KL; about L/2 times the cost of "lc"); "cosine" (Table 6: mean cosine similarity
             between a layer's input and output); "random" (seeded).
         tokens: whose updates are frozen or compared: "visual", "text" or "all" (paper Figure 2, Table 7).
         kl: "forward" (paper) or "reverse" (released code).
