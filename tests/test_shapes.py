@@ -99,12 +99,10 @@ def test_comparisons_are_true():
             pair[0].removeprefix("Is the ").removesuffix("?").split(" left of, right of, above, below the ")
         )
 
-        def only(reference):
-            words = reference.split()
-            (obj,) = (o for o in scene.objects if all(w in (o.color, o.size, o.shape, "object") for w in words))
-            return obj
-
-        a, b = only(first), only(second)
+        a, b = (
+            next(o for o in scene.objects if set(words) <= {o.color, o.size, o.shape, "object"})
+            for words in (first.split(), second.split())
+        )
         expected = [] if a.place % 3 == b.place % 3 else ["left of" if a.x < b.x else "right of"]
         expected += [] if a.place // 3 == b.place // 3 else ["above" if a.y < b.y else "below"]
         assert pair[1] == ", ".join(expected) != ""
