@@ -1,9 +1,14 @@
 """What the benchmark runs: real architectures with random weights, prompts for them, and the methods as data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+)
 
 from .configuration_shortv import SHORTV_FIELDS, ShortVLlavaConfig
 from .modeling_shortv import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
@@ -39,7 +44,9 @@ class Subject:
         """
         n_layers = self.config.text_config.num_hidden_layers
         if not 1 <= n <= n_layers:
-            raise ValueError(f"--num-layers is {n}; the model has {n_layers} layers, so the valid range is 1 to {n_layers}")
+            raise ValueError(
+                f"--num-layers is {n}; the model has {n_layers} layers, so the valid range is 1 to {n_layers}"
+            )
         ranked = list(self.config.shortv_layers)
         return tuple([*ranked, *(i for i in reversed(range(n_layers)) if i not in ranked)][:n])
 
@@ -74,7 +81,7 @@ class Method:
 
     name: str
     shortv_layers: tuple[int, ...] | None = ()
-    visual_reduction: dict | None = None
+    visual_reduction: dict | None = field(default=None, hash=False)
 
     def per_layer(self, v: int, n_layers: int) -> list[tuple[int, bool]]:
         """Visual tokens of each decoder layer, of `v` in the prompt, and whether the layer freezes them."""
@@ -138,21 +145,21 @@ def stock_fields(config) -> dict:
     return fields
 
 
-def make_inputs(model, t: int, images: int, batch: int) -> dict:
-    """Rows of `t` text tokens and `images` pictures, `TEXT_BEFORE_IMAGE` of the tokens before them.
+def make_inputs(stock, t: int, images: int, batch: int) -> dict:
+    """For a stock model: rows of `t` text tokens and `images` pictures, `TEXT_BEFORE_IMAGE` of the tokens before them.
 
     LLaVA-NeXT gets square pictures of 2 x 2 tiles and the overview: 2880 patches, and 48 ends of lines.
     """
-    side, device, dtype = model.config.vision_config.image_size, model.device, model.dtype
-    if model.config.base_model_type == "llava":
+    side, device, dtype = stock.config.vision_config.image_size, stock.device, stock.dtype
+    if stock.config.model_type == "llava":
         inputs = {"pixel_values": torch.randn(batch * images, 3, side, side, device=device, dtype=dtype)}
     else:
         pixels = torch.randn(batch * images, 5, 3, side, side, device=device, dtype=dtype)
         inputs = {"pixel_values": pixels, "image_sizes": torch.tensor([[2 * side, 2 * side]] * batch * images)}
     with torch.inference_mode():
-        features = model.get_image_features(**inputs)
+        features = stock.get_image_features(**inputs)
     v = sum(len(feature) for feature in getattr(features, "pooler_output", features)) // batch
-    start, image_token = min(TEXT_BEFORE_IMAGE, t - 1), model.config.image_token_id
-    ids = torch.randint(3, min(model.config.text_config.vocab_size, image_token), (batch, t + v), device=device)
+    start, image_token = min(TEXT_BEFORE_IMAGE, t - 1), stock.config.image_token_id
+    ids = torch.randint(3, min(stock.config.text_config.vocab_size, image_token), (batch, t + v), device=device)
     ids[:, start : start + v] = image_token
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **inputs}
