@@ -15,9 +15,9 @@ Memory of long prompts, without timing: `--images 5 10 20 35 --repeats 0 --metho
 Time to load a checkpoint: `--loading`.
 
 How it measures: all methods take turns in every repetition, so that drift hits all of them; medians with quartiles.
-Methods run in eager mode; those that `--compile` names run a second time with text model and vision tower each compiled
-by torch (the plan of frozen tokens is made between the two, so that it can be exact). A speed-up is over the faster
-mode of the stock class. Decoding is measured in eager mode: there, every method runs the stock code.
+Methods run in eager mode; those that `--compile` names run a second time with text model and vision tower compiled by
+torch, each in a graph of its own: outside them, ShortV can plan with the exact number of text tokens. A speed-up is over
+the faster mode of the stock class. Decoding is measured in eager mode only, since the cache grows from step to step.
 """
 
 import argparse
@@ -97,10 +97,10 @@ class Bench:
             for part in parts:
                 del part.forward
 
-    def profile(self, variants: list[Variant], inputs: dict) -> tuple[dict, list[dict]]:
+    def profile(self, variants: list[Variant], inputs: dict, label: str) -> tuple[dict, list[dict]]:
         """Counted FLOPs and memory per method, and what could not run."""
         profiles, skipped = {}, []
-        for variant in variants:
+        for variant in logging.tqdm(variants, desc=f"{label}, FLOPs and memory"):
             reason = self.refusal(variant.method)
             if reason is None:
                 try:
@@ -116,7 +116,7 @@ class Bench:
         """Seconds by variant and stage, one per repetition, and what could not run."""
         times, skipped = {variant: {} for variant in variants}, []
         token, warm_up = inputs["input_ids"][:, -1:], WARM_UP[self.stock.device.type]
-        for round_ in logging.tqdm(range(repeats + warm_up if repeats else 0), desc=label):
+        for round_ in logging.tqdm(range(repeats + warm_up if repeats else 0), desc=f"{label}, time"):
             for variant in list(times):
                 try:
                     seconds = self._time_once(variant, inputs, token)
@@ -160,7 +160,7 @@ def measure_prompt(bench: Bench, variants: list[Variant], inputs: dict, repeats:
     language model on the device, and everything else at the peak of its arithmetic.
     """
     bench.reset_compiled()
-    profiles, skipped = bench.profile([each for each in variants if each.mode == "eager"], inputs)
+    profiles, skipped = bench.profile([each for each in variants if each.mode == "eager"], inputs, label)
     left = [variant for variant in variants if variant.method in profiles] if STOCK in profiles else []
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
         times, failed = bench.time(left, inputs, repeats, label)
@@ -269,6 +269,8 @@ def main(arguments: list[str] | None = None, program: str = "shortv bench"):
     arguments = parse_arguments(given, program)
     if arguments.output is not None and arguments.output.suffix != ".json":
         raise ValueError(f"--output is {arguments.output}; it must end in .json")
+    if arguments.loading and arguments.repeats == 0:
+        raise ValueError("--loading takes times; --repeats 0 takes none")
     device = torch.device(arguments.device)
     if device.type not in COMPILED:
         raise ValueError(f"--device is {arguments.device}; this benchmark knows cpu and cuda")

@@ -25,13 +25,13 @@ class Peak:
     source: str
 
 
-DATA_SHEETS = {  # part of the name that torch gives: dense 16-bit FLOP/s, bytes/s
+DATA_SHEETS = {  # part of the name that torch gives (a GH200 is no H200): dense 16-bit FLOP/s, bytes/s
     "A100-SXM4-40GB": (312e12, 1.555e12),
     "A100-SXM4-80GB": (312e12, 2.039e12),
     "A100 80GB PCIe": (312e12, 1.935e12),
     "H100 80GB HBM3": (989e12, 3.35e12),
     "H100 PCIe": (756e12, 2.0e12),
-    "H200": (989e12, 4.8e12),
+    "NVIDIA H200": (989e12, 4.8e12),
 }
 
 

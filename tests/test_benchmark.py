@@ -289,6 +289,7 @@ def test_speed_ups():
         (("--output", "table.md"), "must end in .json"),
         (("--device", "meta"), "knows cpu and cuda"),
         (("--peak-tflops", 3), "go together"),
+        (("--loading", "--repeats", 0), "takes none"),
     ],
 )
 def test_refusals(subjects, arguments, message):
