@@ -157,6 +157,17 @@ def flops(
     Console().print(table)
 
 
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+    add_help_option=False,
+)
+def bench(context: typer.Context):
+    """Measure speed and memory against the stock class, on random weights; --help lists the options."""
+    from .benchmark import main as benchmark
+
+    benchmark(context.args, "shortv bench")
+
+
 @app.command()
 def lc(
     model: Annotated[str, typer.Argument(help="Hub id or directory of a LLaVA checkpoint or a ShortV repo.")],

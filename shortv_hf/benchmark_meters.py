@@ -1,0 +1,155 @@
+"""What the benchmark measures on one forward pass: times, FLOPs, memory."""
+
+import time
+import weakref
+from contextlib import contextmanager
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+DECODING_STEPS = 4  # per repetition
+
+
+class Stopwatch:
+    """Named points in time: CUDA events in the order of the device's work, on the CPU the clock."""
+
+    def __init__(self, device: torch.device):
+        self.on_cuda = device.type == "cuda"
+        self.marks = {}
+
+    def mark(self, name: str):
+        if self.on_cuda:
+            self.marks[name] = torch.cuda.Event(enable_timing=True)
+            self.marks[name].record()
+        else:
+            self.marks[name] = time.perf_counter()
+
+    def synchronize(self):
+        if self.on_cuda:
+            torch.cuda.synchronize()
+
+    def seconds(self, start: str, end: str) -> float:
+        """Between two marks; on CUDA after `synchronize` only."""
+        if self.on_cuda:
+            return self.marks[start].elapsed_time(self.marks[end]) / 1000
+        return self.marks[end] - self.marks[start]
+
+
+def time_prefill(model, inputs: dict):
+    """One forward pass of a prompt with images.
+
+    Returns:
+        Seconds of `time_to_first_token`, the whole forward, and of `prefill`, the same without vision tower and
+        projector; and the cache. What a method does between the two (finding visual tokens, planning) counts.
+    """
+    watch = Stopwatch(model.device)
+
+    def marking(name):
+        return lambda *_: watch.mark(name)
+
+    hooks = [
+        model.model.vision_tower.register_forward_pre_hook(marking("vision")),
+        model.model.multi_modal_projector.register_forward_hook(marking("vision_end")),
+    ]
+    try:
+        watch.synchronize()
+        watch.mark("start")
+        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+        watch.mark("end")
+        watch.synchronize()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    total = watch.seconds("start", "end")
+    return {"time_to_first_token": total, "prefill": total - watch.seconds("vision", "vision_end")}, cache
+
+
+def time_decoding(model, cache, tokens: torch.Tensor) -> float:
+    """Seconds per output token after a prefill; `tokens` `[B, 1]` are fed in every step."""
+    watch = Stopwatch(model.device)
+    watch.synchronize()
+    watch.mark("start")
+    for _ in range(DECODING_STEPS):
+        cache = model(input_ids=tokens, past_key_values=cache, use_cache=True).past_key_values
+    watch.mark("end")
+    watch.synchronize()
+    return watch.seconds("start", "end") / DECODING_STEPS
+
+
+def profile_prefill(model, inputs: dict) -> dict:
+    """FLOPs and memory of one forward pass, counted while it runs (slower than without).
+
+    Returns:
+        `flops` of the whole forward, `language_model_flops` of the text model in it (attention matrices in full, causal
+        or not, as in Eq. 3-5), and `peak_memory_bytes`: what was allocated at most above weights and inputs.
+    """
+    counter = FlopCounterMode(
+        display=False,
+        custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_flops},
+    )
+    # no_grad, not inference_mode: there, composite operators reach the modes in one piece.
+    with torch.no_grad(), peak_memory(model.device) as memory, counter:
+        model(**inputs, use_cache=True, logits_to_keep=1)
+    counts = counter.get_flop_counts()
+    (language_model,) = [name for name in counts if name.endswith(".model.language_model")]
+    return {
+        "flops": counter.get_total_flops(),
+        "language_model_flops": sum(counts[language_model].values()),
+        "peak_memory_bytes": memory["peak"],
+    }
+
+
+def _fused_attention_flops(query: tuple, key: tuple, *args, **kwargs) -> int:
+    """Of the CPU's kernel, which not every torch version's counter knows; shapes `[B, heads, tokens, head_dim]`."""
+    batch, heads, queries, head_dim = query
+    return 4 * batch * heads * queries * key[2] * head_dim
+
+
+@contextmanager
+def peak_memory(device: torch.device):
+    """Inside, bytes allocated at most at a time above those on entry; in the yielded dict as "peak" on leaving.
+
+    CUDA: the allocator's statistics. CPU: storages of the tensors that operators return; a kernel's own scratch memory
+    is not seen.
+    """
+    result = {}
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield result
+        result["peak"] = torch.cuda.max_memory_allocated(device) - before
+    else:
+        with LiveTensorBytes() as live:
+            yield result
+        result["peak"] = live.peak
+
+
+class LiveTensorBytes(TorchDispatchMode):
+    """Adds up the storages that operators create inside, until they are freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if torch.is_tensor(leaf)}
+        output = function(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if torch.is_tensor(leaf):
+                storage = leaf.untyped_storage()
+                if storage._cdata not in given:  # neither a view nor a change in place
+                    given.add(storage._cdata)
+                    self._add(storage)
+        return output
+
+    def _add(self, storage: torch.UntypedStorage):
+        size = storage.nbytes()
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, size)
+
+    def _free(self, size: int):
+        self.live -= size
