@@ -612,7 +612,11 @@ def export(args):
         print(f"{name} {layers}")
         for question_type, share in results["accuracy"][name].items():
             print(f"    {question_type:10} {share:.1%}", flush=True)
-    results["training"] = state["progress"] | {"parameters": sum(p.numel() for p in model.parameters())}
+    results["training"] = {
+        "pictures": state["progress"]["pictures"],
+        "seconds": round(state["progress"]["seconds"]),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
     write_json(args.output / "results.json", results)
     scenes = (scene for scene, _ in shapes.held_out_questions(1000, seed=1))
     shapes.draw(next(scene for scene in scenes if len(scene.objects) == 4), 336).save(args.output / "example.png")
@@ -638,7 +642,7 @@ def main():
     parser.add_argument("--projector-steps", type=int, default=300)
     parser.add_argument("--tower-batch", type=int, default=32)
     parser.add_argument("--tower-lr", type=float, default=1e-3)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=3300)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.3, help="last part of each stage in which the rate falls")

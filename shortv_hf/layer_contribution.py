@@ -527,8 +527,9 @@ def _check_model(model: PreTrainedModel):
 def _describe_model(model: PreTrainedModel) -> dict:
     config = model.config
     own = config.base_model_name_or_path is None
+    name = model.name_or_path if own else config.base_model_name_or_path
     return {
-        "name": model.name_or_path if own else config.base_model_name_or_path,
+        "name": Path(name).resolve().name if name and Path(name).is_dir() else name,  # no paths of this machine
         "revision": getattr(config, "_commit_hash", None) if own else config.base_model_revision,
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
