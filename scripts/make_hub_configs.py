@@ -1,16 +1,20 @@
-"""Write config, generation config and picture of the four ShortV repos of the paper into `hub_configs/`.
+"""Write config, generation config, picture and model card of the paper's four ShortV repos into `hub_configs/`.
 
     python scripts/make_hub_configs.py [--output hub_configs]
 
 The architectures are those of the original `llava-hf` checkpoints, the frozen layers those of Table 8 in its order.
-Only fields that both Transformers lines read alike are written.
+Only fields that both Transformers lines read alike are written. The cards quote what `scripts/results/` holds about
+these models. Where the folder of the demonstration model has a `results.json`, its card is written too.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+from benchmark import REPOS as BENCHMARKED
+
 from shortv_hf.configuration_shortv import ShortVLlavaConfig, ShortVLlavaNextConfig
+from shortv_hf.model_card import demo_card, reference_card
 from shortv_hf.plots import draw_frozen_layers
 
 
@@ -72,6 +76,8 @@ REPOS = {  # name: (config class, base, its commit, text config, more fields, Ta
     ),
 }
 # fmt: on
+DEMO = "shortv-shapes-demo"
+PICTURE = "frozen_layers.png"
 GENERATION_CONFIG = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32001}
 
 
@@ -102,6 +108,25 @@ def repo_config(name: str) -> dict:
     return {**own, **fields}
 
 
+def measured(name: str, results: Path = Path(__file__).parent / "results") -> list[dict]:
+    """The benchmark reports in `results`, cut down to one repo."""
+    reports = []
+    for file in sorted(results.glob("*.json")):
+        report = json.loads(file.read_text(encoding="utf-8"))
+        rows = [result for result in report.get("results", ()) if BENCHMARKED.get(result.get("model")) == name]
+        if rows:
+            reports.append({"conditions": report["conditions"], "results": rows})
+    return reports
+
+
+def write_demo_card(folder: Path):
+    """The demonstration model's card, from its config and `results.json` (format: `shortv_hf.model_card.demo_card`)."""
+    config = ShortVLlavaConfig.from_pretrained(folder)
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    card = demo_card(config, folder.name, results, PICTURE if (folder / PICTURE).is_file() else None)
+    (folder / "README.md").write_text(str(card), encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "hub_configs")
@@ -113,8 +138,15 @@ def main():
             text = json.dumps(content, indent=2, sort_keys=True) + "\n"
             (folder / file).write_text(text, encoding="utf-8")
         config = REPOS[name][0].from_pretrained(folder)
-        draw_frozen_layers(config, folder / "frozen_layers.png", t=64, v=2880 if "v1.6" in name else 576)
+        draw_frozen_layers(config, folder / PICTURE, t=64, v=2880 if "v1.6" in name else 576)
+        card = reference_card(
+            config, name, license="llama2", of_the_paper=True, picture=PICTURE, measured=measured(name)
+        )
+        (folder / "README.md").write_text(str(card), encoding="utf-8")
         print(folder)
+    if (output / DEMO / "results.json").is_file():
+        write_demo_card(output / DEMO)
+        print(output / DEMO)
 
 
 if __name__ == "__main__":

@@ -143,30 +143,42 @@ def flops(
 def build_repo(
     model: Annotated[str, typer.Argument(help="Hub id or directory of the original checkpoint.")],
     output: Annotated[Path, typer.Option(help="Directory to write.")],
-    layers: Annotated[str, typer.Option(help="Layers to freeze, most ineffective first, e.g. 31,29,30.")],
-    revision: Annotated[str | None, typer.Option(help="Commit or branch of the original checkpoint.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to freeze, most ineffective first, e.g. 31,29,30.")
+    ] = None,
+    ranking: Annotated[Path | None, typer.Option(help="ranking.json to take the layers from, instead.")] = None,
+    num_layers: Annotated[int | None, typer.Option(help="How many layers of the ranking to freeze.")] = None,
+    base_revision: Annotated[
+        str | None,
+        typer.Option("--base-revision", "--revision", help="Commit or branch of the original checkpoint."),
+    ] = None,
     processor_dir: Annotated[Path | None, typer.Option(help="Local directory with the processor files.")] = None,
+    include_weights: Annotated[
+        bool, typer.Option("--include-weights", help="Copy the weights too, instead of referencing them.")
+    ] = False,
 ):
-    """Write a repo (config, code, processor files) that references the weights of an original checkpoint."""
-    from huggingface_hub import snapshot_download
-
+    """Write a repo (config, code, processor files, model card) that references an original checkpoint's weights."""
     from . import hub
 
-    config = _load_config(model, revision)
-    config.shortv_layers = _parse_layers(layers)
-    config.validate_shortv()
+    if (layers is None) == (ranking is None) or (ranking is None) != (num_layers is None):
+        raise ValueError("pass either --layers, or --ranking together with --num-layers")
+    if base_revision is not None and Path(model).is_dir():
+        raise ValueError(
+            f"{model} is a directory, which has no revisions; --base-revision is for checkpoints on the Hub"
+        )
+    config = _load_config(model, base_revision)
     if config.base_model_name_or_path is None:
         raise ValueError(f"{model} holds its own weights; build-repo needs an original checkpoint to reference")
-    if output.resolve() == Path(model).resolve():
-        raise ValueError(f"--output {output} is the checkpoint itself; name another directory")
-    if processor_dir is None and not Path(model).is_dir():
-        files = [*hub.PROCESSOR_FILES, "generation_config.json"]
-        processor_dir = Path(snapshot_download(model, revision=config.base_model_revision, allow_patterns=files))
-    elif processor_dir is None and any((Path(model) / name).is_file() for name in hub.PROCESSOR_FILES):
-        processor_dir = Path(model)
-    hub.build_repo(config, output, processor_dir)
-    print(f"{output}: freezes layers {config.shortv_layers}, weights from {config.base_model_name_or_path}")
-    if processor_dir is None:
+    if ranking is None:
+        config.shortv_layers = _parse_layers(layers)
+    else:
+        config.shortv_layers = hub.read_ranking(ranking, config.text_config.num_hidden_layers, num_layers)
+    config.validate_shortv()
+    hub.build_repo_from_base(config, output, processor_dir, include_weights)
+    base, commit = config.base_model_name_or_path, config.base_model_revision
+    weights = f"a copy of the weights of {base}" if include_weights else f"weights from {base}"
+    print(f"{output}: freezes layers {config.shortv_layers}, {weights}{f' at commit {commit}' if commit else ''}")
+    if not any((output / name).is_file() for name in hub.PROCESSOR_FILES):
         print(f"no processor files in {model}: pass --processor-dir to make a repo for pipelines", file=sys.stderr)
 
 
