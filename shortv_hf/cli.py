@@ -182,6 +182,43 @@ def build_repo(
         print(f"no processor files in {model}: pass --processor-dir to make a repo for pipelines", file=sys.stderr)
 
 
+@app.command()
+def check_repo(
+    repo: Annotated[str, typer.Argument(help="Directory or Hub id of a ShortV repo.")],
+    revision: Annotated[str | None, typer.Option(help="Commit or branch of the repo.")] = None,
+    device: Annotated[str, typer.Option(help="Where to try it: cpu, cuda, ... or auto.")] = "cpu",
+):
+    """Check files, pinned commit and code of a ShortV repo, and try it in a process without this package."""
+    from .check_repo import check_repo as check
+
+    checks = check(repo, revision, device)
+    print("\n".join(map(str, checks)))
+    failed = [each.name for each in checks if each.problem]
+    print(f"{repo}: {'not to be trusted as it is: ' + ', '.join(failed) if failed else 'in order'}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Directory that build-repo wrote.")],
+    repo_id: Annotated[str, typer.Option(help="Where to: owner/name. Created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Create it as a private repo.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch to publish to.")] = "main",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+):
+    """Publish a ShortV repo in one commit, with the token of `hf auth login` or HF_TOKEN. Safe to repeat."""
+    from . import publish as publishing
+
+    plan = publishing.plan_publication(folder, repo_id, private, revision)
+    print(plan, flush=True)
+    if dry_run:
+        print("dry run: nothing was changed")
+        return
+    commit = publishing.publish(plan)
+    print(f"{'nothing to do' if commit == plan.parent else 'published'}: {repo_id} is at commit {commit}")
+
+
 def main():
     """Entry point: errors that a user can mend are one line, without a traceback."""
     try:
