@@ -59,9 +59,10 @@ class LocalHub:
 
     def commit(self, repo_id: str, folder: Path, token: str | None = None) -> str:
         """Make the files of `folder` the newest commit of `repo_id`; returns the commit's hash."""
-        self.repos.setdefault(repo_id, {"commits": {}, "branches": {}, "token": token})
         files = {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-        return self._add_commit(repo_id, "main", files)
+        if repo_id not in self.repos:
+            return self.create(repo_id, files, token)
+        return self.add_commit(repo_id, "main", files)
 
     def head(self, repo_id: str, branch: str = "main") -> str:
         """The newest commit of a branch."""
@@ -76,7 +77,13 @@ class LocalHub:
         self.repos[new] = self.repos.pop(old)
         self.renamed[old] = new
 
-    def _add_commit(self, repo_id, branch, files):
+    def create(self, repo_id: str, files: dict[str, bytes], token: str | None = None) -> str:
+        """A new repo with one commit; returns the commit's hash."""
+        self.repos[repo_id] = {"commits": {}, "branches": {}, "token": token}
+        return self.add_commit(repo_id, "main", files)
+
+    def add_commit(self, repo_id: str, branch: str, files: dict[str, bytes]) -> str:
+        """Make `files` the newest commit of a branch; returns the commit's hash."""
         repo = self.repos[repo_id]
         sha = hashlib.sha1(f"{repo_id} {len(repo['commits'])}".encode()).hexdigest()
         repo["commits"][sha] = files
@@ -140,8 +147,8 @@ class LocalHub:
         if repo_id in self.repos:
             return self._send(request, 409, b"You already created this model repo")
         private = fields.get("private") or fields.get("visibility") == "private"
-        self.repos[repo_id] = {"commits": {}, "branches": {}, "token": self.write_token if private else None}
-        self._add_commit(repo_id, "main", {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"})
+        attributes = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+        self.create(repo_id, {".gitattributes": attributes}, self.write_token if private else None)
         return self._send_json(request, {"url": f"{self.endpoint}/{repo_id}", "id": repo_id})
 
     def _commit(self, request, repo_id, branch, lines):
@@ -159,7 +166,7 @@ class LocalHub:
                 files[value["path"]] = self.lfs[value["oid"]]
             else:
                 return self._send(request, 400, f"unsupported: {kind}".encode())
-        sha = self._add_commit(repo_id, branch, files)
+        sha = self.add_commit(repo_id, branch, files)
         url = f"{self.endpoint}/{repo_id}/commit/{sha}"
         return self._send_json(request, {"success": True, "commitOid": sha, "commitUrl": url})
 
