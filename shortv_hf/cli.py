@@ -219,6 +219,18 @@ def publish(
     print(f"{'nothing to do' if commit == plan.parent else 'published'}: {repo_id} is at commit {commit}")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    repo: Annotated[str, typer.Argument(help="Hub id or directory of a ShortV repo.")],
+    revision: Annotated[str | None, typer.Option(help="Commit or branch of the repo.")] = None,
+):
+    """Serve a ShortV repo: `transformers serve` (Transformers 5) with our classes; its options may follow."""
+    from .serve import serve as run_server
+
+    run_server(repo, context.args, revision)
+
+
 def main():
     """Entry point: errors that a user can mend are one line, without a traceback."""
     try:
