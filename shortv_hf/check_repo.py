@@ -107,6 +107,8 @@ def check_repo(repo: str, revision: str | None = None, device: str = "cpu") -> l
             raise ValueError(f"{repo} has no revision {revision}") from None
         except RepositoryNotFoundError:
             raise ValueError(f"there is no repo {repo}, or the present token may not read it") from None
+        except Exception as error:  # the HTTP libraries under huggingface_hub have kinds of their own
+            raise ValueError(f"{repo} cannot be read: {_first_line(error)}") from None
         commit = folder.name
     checks = check_files(folder, without_weights=commit is not None)
     if any(check.problem for check in checks):

@@ -216,7 +216,7 @@ def publish(
         print("dry run: nothing was changed")
         return
     commit = publishing.publish(plan)
-    print(f"{'nothing to do' if commit == plan.parent else 'published'}: {repo_id} is at commit {commit}")
+    print(f"{'nothing to do' if plan.is_done else 'published'}: {repo_id} is at commit {commit}")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

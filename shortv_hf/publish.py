@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
-from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from .check_repo import check_files
@@ -47,6 +47,11 @@ class Plan:
     leave: list[str] = field(default_factory=list)
     parent: str | None = None
 
+    @property
+    def is_done(self) -> bool:
+        """There is nothing to do."""
+        return not (self.create or self.create_branch or self.add or self.update)
+
     def __str__(self):
         lines = [f"{constants.ENDPOINT}/{self.repo_id}, branch {self.branch}"]
         if self.create:
@@ -70,6 +75,8 @@ def plan_publication(folder: str | Path, repo_id: str, private: bool = False, br
         OSError: the Hub does not answer, or refuses.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"no such directory: {folder}")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
         raise ValueError(f"--repo-id takes owner/name, got {repo_id!r}")
     problems = [f"{check.name}: {check.problem}" for check in check_files(folder) if check.problem]
@@ -84,31 +91,32 @@ def plan_publication(folder: str | Path, repo_id: str, private: bool = False, br
         card = plan.contents["README.md"].read_text(encoding="utf-8")
         plan.contents["README.md"] = with_repo_id(card, repo_id).encode()
 
-    api, remote = HfApi(), {}
-    try:
-        info = api.model_info(repo_id)
-        plan.create = False
-        if private and not info.private:
-            raise ValueError(f"{repo_id} exists and is public; --private would not change that")
-        plan.private, plan.parent = bool(info.private), info.sha
-        try:
-            plan.parent = api.model_info(repo_id, revision=branch).sha
-        except RevisionNotFoundError:
-            plan.create_branch = True
-        remote = {
-            entry.path: entry
-            for entry in api.list_repo_tree(repo_id, recursive=True, revision=plan.parent)
-            if isinstance(entry, RepoFile)
-        }
-    except RepositoryNotFoundError:  # also what the Hub says about a private repo of somebody else
-        pass
-    except HfHubHTTPError as error:
-        raise OSError(f"cannot look at {repo_id}: {_reason(error)}") from None
+    remote = _look(plan)
+    if private and not plan.private:
+        raise ValueError(f"{repo_id} exists and is public; --private would not change that")
     for path, content in plan.contents.items():
         kind = plan.add if path not in remote else plan.same if _is_same(content, remote[path]) else plan.update
         kind.append(path)
     plan.leave = sorted(set(remote) - set(plan.contents) - {".gitattributes"})
     return plan
+
+
+def _look(plan: Plan) -> dict[str, RepoFile]:
+    """The files on the Hub, by path; fills in what the plan has to say about the repo and the branch."""
+    api = HfApi()
+    try:
+        info = api.model_info(plan.repo_id)
+        plan.create, plan.private, plan.parent = False, bool(info.private), info.sha
+        try:
+            plan.parent = api.model_info(plan.repo_id, revision=plan.branch).sha
+        except RevisionNotFoundError:
+            plan.create_branch = True
+        entries = list(api.list_repo_tree(plan.repo_id, recursive=True, revision=plan.parent))
+    except RepositoryNotFoundError:  # also what the Hub says about a private repo of somebody else
+        return {}
+    except Exception as error:  # the HTTP libraries under huggingface_hub have kinds of their own
+        raise OSError(f"cannot look at {plan.repo_id}: {_reason(error)}") from None
+    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
 
 
 def publish(plan: Plan) -> str:
@@ -121,7 +129,7 @@ def publish(plan: Plan) -> str:
         OSError: there is no token, the Hub refuses, somebody else has committed since the plan was made, or the
             connection breaks.
     """
-    if not (plan.create or plan.create_branch or plan.add or plan.update):
+    if plan.is_done:
         return plan.parent
     if get_token() is None:
         raise OSError("there is no token: log in with `hf auth login`, or set HF_TOKEN, to one that may write")
@@ -143,7 +151,7 @@ def publish(plan: Plan) -> str:
             revision=plan.branch,
             parent_commit=plan.parent,
         )
-    except (HfHubHTTPError, OSError, RuntimeError) as error:
+    except Exception as error:  # of many kinds, as in `_look`
         raise OSError(
             f"publishing to {plan.repo_id} broke off: {_reason(error)}. The same command goes on where it stopped"
         ) from None

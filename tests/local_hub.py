@@ -22,7 +22,8 @@ class LocalHub:
             repo private: only requests that carry it see the repo.
         write_token: what a request must carry to create or change anything.
         requests: (method, path, token or None) of all calls.
-        fault: asked with (method, path) before each call; the HTTP status it returns, if any, is the answer.
+        fault: asked with (method, path) before each call; the HTTP status it returns, if any, is the answer; 0 drops
+            the connection.
     """
 
     def __init__(self, write_token: str = "secret"):
@@ -98,6 +99,9 @@ class LocalHub:
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         self.requests.append((request.command, path, token))
         status = self.fault(request.command, path)
+        if status == 0:
+            request.close_connection = True
+            return None
         if status is not None:
             return self._send(request, status, b"broken on purpose")
         if request.command in ("POST", "PUT"):

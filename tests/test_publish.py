@@ -116,6 +116,23 @@ def test_a_branch(hub, repo, shortv):
     assert code == 0 and "create   the branch" in output and "add      notes.txt" in output
     assert "notes.txt" in hub.files("me/mine", "next") and "notes.txt" not in hub.files("me/mine")
 
+    code, output, _ = shortv("publish", repo, "--repo-id", "me/new", "--revision", "next")
+    assert code == 0 and "notes.txt" in hub.files("me/new", "next") and set(hub.files("me/new")) == {".gitattributes"}
+
+
+def test_does_not_write_over_what_came_in_between(hub, repo, shortv):
+    assert shortv("publish", repo, "--repo-id", "me/mine")[0] == 0
+
+    def somebody_else(method, path):
+        if "/preupload/" in path:
+            hub.add_commit("me/mine", "main", {**hub.files("me/mine"), "theirs.txt": b"theirs"})
+
+    hub.fault = somebody_else
+    (repo / "theirs.txt").write_text("ours")
+    code, _, error = shortv("publish", repo, "--repo-id", "me/mine")
+    assert code == 1 and "HTTP 412, A commit has happened since" in error
+    assert hub.files("me/mine")["theirs.txt"] == b"theirs"
+
 
 def test_goes_on_after_a_broken_upload(hub, shortv, tmp_path):
     base = write_checkpoint(tmp_path / "base", make_model(), shards=3)
@@ -155,7 +172,15 @@ def test_refusals_of_the_hub(hub, repo, refused):
     assert "cannot look at me/mine: HTTP 500" in refused(repo, "--repo-id", "me/mine")
 
 
+def test_a_hub_that_does_not_answer(hub, repo, shortv):
+    hub.fault = lambda method, path: 0
+    for command in (["publish", repo, "--repo-id", "me/mine"], ["check-repo", "me/mine"]):
+        code, _, error = shortv(*command)
+        assert code == 1 and len(error.splitlines()) == 1 and "me/mine" in error
+
+
 def test_refuses_what_strangers_cannot_load_or_trust(hub, repo, refused, tmp_path):
+    assert "no such directory" in refused(tmp_path / "nothing", "--repo-id", "me/mine")
     assert "owner/name" in refused(repo, "--repo-id", "mine")
     code_file = repo / "freeze_plan.py"
     code_file.write_text(code_file.read_text() + "import os\n")
