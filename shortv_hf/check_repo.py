@@ -7,7 +7,6 @@ import ast
 import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from . import __version__
 from .chat import MODEL_CLASSES
 from .hub import code_files
+from .model_card import is_commit, is_hub_id
 
 
 ALLOWED_IMPORTS = {"torch", "transformers"}
@@ -146,9 +146,9 @@ def _check_base(folder: Path, without_weights: bool) -> str:
         if not (without_weights or any(folder.glob("*.safetensors"))):
             raise ValueError("the repo references no base checkpoint, and holds no safetensors of its own")
         return "holds its own weights"
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+    if not is_hub_id(base):
         raise ValueError(f"the weights are those of {base}, which is not a repo on the Hub: nobody else can load them")
-    if not re.fullmatch("[0-9a-f]{40}", revision or ""):
+    if not is_commit(revision):
         raise ValueError(f"the weights of {base} are not pinned to a commit: base_model_revision is {revision!r}")
     return f"weights of {base} at {revision}"
 

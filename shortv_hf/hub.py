@@ -3,7 +3,6 @@
 import ast
 import copy
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from transformers import PretrainedConfig
 
 from . import modeling_shortv
-from .model_card import PAPER, reference_card
+from .model_card import PAPER, is_commit, reference_card
 
 
 # Processor and tokenizer files of LLaVA checkpoints. They are copied byte for byte: what Transformers 5.x writes when
@@ -144,7 +143,7 @@ def build_repo_from_base(
         base_dir = Path(base)
         if Path(output_dir).resolve() == base_dir.resolve():
             raise ValueError(f"{output_dir} is the checkpoint itself; name another directory")
-    elif not re.fullmatch("[0-9a-f]{40}", revision or ""):
+    elif not is_commit(revision):
         raise ValueError(f"the reference to {base} is not pinned to a commit: base_model_revision is {revision!r}")
     else:
         patterns = [*PROCESSOR_FILES, "generation_config.json", "README.md"]

@@ -51,6 +51,16 @@ CITATION = """\
 TAGS = ["shortv", "visual-token-freezing", "efficient-inference"]
 
 
+def is_hub_id(name: str | None) -> bool:
+    """Whether `name` has the form of a repo on the Hub, `owner/name`; local directories are absolute paths here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name or "") is not None
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether `revision` is the hash of a commit, and not a branch that moves."""
+    return re.fullmatch("[0-9a-f]{40}", revision or "") is not None
+
+
 def with_repo_id(card: str, repo_id: str) -> str:
     """The card with `repo_id` in its examples, in place of `ORG/<name>`."""
     return re.sub(r"\bORG/[\w.-]+", repo_id, card)
@@ -86,7 +96,7 @@ def reference_card(
     carries_weights = config.base_model_name_or_path is None
     base = base or config.base_model_name_or_path
     base_revision = base_revision or config.base_model_revision
-    on_the_hub = base is not None and not base.startswith(("/", "."))
+    on_the_hub = is_hub_id(base)
     n_layers, n_frozen = config.text_config.num_hidden_layers, len(config.shortv_layers)
     if of_the_paper and (base not in PAPER or n_frozen != {32: 19, 40: 24}.get(n_layers)):
         raise ValueError(f"the paper has no results for {base} with {n_frozen} of {n_layers} layers frozen")
@@ -103,7 +113,9 @@ def reference_card(
     title = PAPER[base][0] if of_the_paper else base.rstrip("/").split("/")[-1] if base else name
     where = f"[`{base}`](https://huggingface.co/{base})" if on_the_hub else "a checkpoint in a local directory"
     commit = f" at commit `{base_revision}`" if base_revision else ""
-    if carries_weights:
+    if base is None:
+        weights = "The weights are this repo's own."
+    elif carries_weights:
         weights = f"The weights are an unchanged copy of those of {where}{commit}."
     else:
         weights = f"This repo holds no weights. They are read from {where}{commit}."

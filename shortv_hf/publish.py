@@ -9,7 +9,6 @@ stays out of shell histories, and nothing here prints or stores it.
 """
 
 import hashlib
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from huggingface_hub.hf_api import RepoFile
 
 from .check_repo import check_files
-from .model_card import with_repo_id
+from .model_card import is_hub_id, with_repo_id
 
 
 @dataclass
@@ -77,7 +76,7 @@ def plan_publication(folder: str | Path, repo_id: str, private: bool = False, br
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"no such directory: {folder}")
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo_id):
+    if not is_hub_id(repo_id):
         raise ValueError(f"--repo-id takes owner/name, got {repo_id!r}")
     problems = [f"{check.name}: {check.problem}" for check in check_files(folder) if check.problem]
     if problems:

@@ -30,10 +30,23 @@ def test_the_papers_results_go_with_the_papers_layers_only():
     assert "Reported by the paper" in paper and "| GQA | 61.9 | 60.9 |" in paper and "1.30×" in paper
     assert "This project has measured neither speed nor quality" in paper and "55.2%" in paper
     own = str(reference_card(config, "x"))
-    assert "Reported" not in own and "datasets" not in own and "license:" not in own
+    assert (
+        "commit `b234b804b114d9e37bb655e11cbbb5f5e971b7a9`" in own
+        and "Reported" not in own
+        and "datasets" not in own
+        and "license:" not in own
+    )
     config.shortv_layers = [1, 2]
     with pytest.raises(ValueError, match="no results for llava-hf/llava-1.5-7b-hf with 2 of 32"):
         reference_card(config, "x", of_the_paper=True)
+
+
+def test_where_the_weights_are():
+    card = reference_card(make_config(), "x")
+    assert "The weights are this repo's own." in str(card) and "base_model" not in card.data.to_dict()
+    card = reference_card(make_config(), "x", base="/home/me/llava")
+    assert "unchanged copy of those of a checkpoint in a local directory" in str(card) and "/home/me" not in str(card)
+    assert "base_model" not in card.data.to_dict()
 
 
 def test_measured_results_are_quoted_with_their_conditions(monkeypatch, tmp_path):
