@@ -183,12 +183,9 @@ def _reason(error: Exception) -> str:
     """The part of an error of the Hub's that says something; its first line is often a request id alone."""
     cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
     response = getattr(cause, "response", None)
-    if response is not None:
-        said = getattr(cause, "server_message", None) or response.text or type(cause).__name__
-        return (
-            f"HTTP {response.status_code}, {said.strip().splitlines()[0]}"
-            if said.strip()
-            else f"HTTP {response.status_code}"
-        )
-    lines = [line for line in str(cause).splitlines() if line.strip()]
-    return lines[0].strip().rstrip(".") if lines else type(cause).__name__
+    if response is None:
+        said, prefix = str(cause), ""
+    else:
+        said, prefix = getattr(cause, "server_message", None) or response.text, f"HTTP {response.status_code}, "
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or [type(cause).__name__]
+    return prefix + lines[0].rstrip(".")

@@ -61,8 +61,8 @@ def main(repo: str, commit: str, device: str):
         try:
             checks.append({"name": name, "note": check()})
         except Exception as error:  # whatever it is, it is the verdict
-            lines = [line for line in str(error).splitlines() if line.strip()] or [""]
-            checks.append({"name": name, "problem": f"{type(error).__name__}: {lines[0].strip()}"})
+            message = " ".join(str(error).split())  # in one line
+            checks.append({"name": name, "problem": f"{type(error).__name__}: {message[:400]}"})
             break
     print(json.dumps(checks))
 

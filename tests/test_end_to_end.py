@@ -215,6 +215,9 @@ def test_failures(world):
     assert found["me/renamed"] == expected  # the Hub leads from the old name to the new one
     assert found[f"me/private:{TOKEN}"] == expected
 
+    assert world.shell("check-repo", "me/private")[::2] == (
+        1, "shortv: there is no repo me/private, or the present token may not read it\n"
+    )  # fmt: skip
     code, output, _ = world.shell("check-repo", "me/missing")
     assert code == 1 and "FAIL pinned commit: org/gone at" in output and "fresh process" not in output
     code, output, _ = world.shell("check-repo", "me/truncated")

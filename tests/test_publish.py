@@ -164,7 +164,7 @@ def test_goes_on_after_a_broken_upload(hub, shortv, tmp_path):
 def test_refusals_of_the_hub(hub, repo, refused):
     assert "there is no token" in refused(repo, "--repo-id", "me/mine", token=None)
     wrong = refused(repo, "--repo-id", "me/mine", token="hf_wrong")
-    assert "publishing to me/mine broke off: HTTP 401" in wrong and "hf_wrong" not in wrong
+    assert "publishing to me/mine broke off: HTTP 401, Invalid user token. The" in wrong and "hf_wrong" not in wrong
     assert hub.repos == {}
     hub.commit("me/mine", repo)
     assert "exists and is public" in refused(repo, "--repo-id", "me/mine", "--private")
