@@ -612,10 +612,12 @@ def export(args):
         print(f"{name} {layers}")
         for question_type, share in results["accuracy"][name].items():
             print(f"    {question_type:10} {share:.1%}", flush=True)
+    progress = state["progress"]
     results["training"] = {
-        "pictures": state["progress"]["pictures"],
-        "seconds": round(state["progress"]["seconds"]),
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "script": "scripts/train_shapes_vlm.py",
+        "pictures seen": f"{progress['pictures']:,}",
+        "minutes": round(progress["seconds"] / 60),
+        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
     }
     write_json(args.output / "results.json", results)
     scenes = (scene for scene, _ in shapes.held_out_questions(1000, seed=1))

@@ -77,8 +77,9 @@ class BaseWeightsMixin:
         matches is the only one). A `generation_config.json` of the ShortV repo wins over the base's.
 
         Raises:
-            ValueError: bad ShortV fields, a base of another architecture, `use_safetensors=False`; any missing,
-                unexpected or mismatched weight, unless `output_loading_info=True` asks to be told of them instead.
+            ValueError: bad ShortV fields, a base of another architecture, `use_safetensors=False`, a damaged weight
+                file; any missing, unexpected or mismatched weight, unless `output_loading_info=True` asks to be told
+                of them instead.
             OSError: a repo or file that cannot be found.
         """
         path = pretrained_model_name_or_path
@@ -102,16 +103,23 @@ class BaseWeightsMixin:
                 kwargs["adapter_kwargs"] = kept
         wants_info = kwargs.pop("output_loading_info", False)
         own_key_mapping = kwargs.pop("key_mapping", None)
-        model, info = super().from_pretrained(
-            location,
-            *model_args,
-            config=config,
-            key_mapping=cls._key_mapping(config, own_key_mapping),
-            use_safetensors=True,
-            output_loading_info=True,
-            **location_kwargs,
-            **kwargs,
-        )
+        try:
+            model, info = super().from_pretrained(
+                location,
+                *model_args,
+                config=config,
+                key_mapping=cls._key_mapping(config, own_key_mapping),
+                use_safetensors=True,
+                output_loading_info=True,
+                **location_kwargs,
+                **kwargs,
+            )
+        except Exception as error:
+            if type(error).__name__ != "SafetensorError":  # importing its class is not for remote code
+                raise
+            raise ValueError(
+                f"a weight file of {location} is damaged or cut short ({error}); force_download=True fetches it again"
+            ) from error
         if not wants_info:
             _require_complete(info, location)
         if own_key_mapping and hasattr(model, "_weight_conversions"):
@@ -204,7 +212,12 @@ class BaseWeightsMixin:
         base_kwargs = {k: v for k, v in hub_kwargs.items() if k not in ("revision", "subfolder")}
         if config.base_model_revision is not None:
             base_kwargs["revision"] = config.base_model_revision
-        base_config = cls.config_class.from_pretrained(base, **base_kwargs)  # refuses another model type
+        commit = f" at commit {config.base_model_revision}" if config.base_model_revision else ""
+        try:
+            base_config = cls.config_class.from_pretrained(base, **base_kwargs)  # refuses another model type
+        except (OSError, ValueError) as error:  # the caller named another repo, and may not know this one
+            message = f"{path} reads its weights from {base}{commit}, which failed: {' '.join(str(error).split())}"
+            raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
         for part, names in ARCHITECTURE.items():
             for name in names:
                 expected = getattr(getattr(config, part), name, None)

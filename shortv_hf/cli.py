@@ -1,6 +1,5 @@
 """The `shortv` command. Needs the `cli` extra."""
 
-import shutil
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -252,55 +251,111 @@ def _print_ranking(ranking, scores: dict[str, list[float]], n: int | None):
 
 
 def _write_repo(model: str, config, output: Path):
-    """A repo with this config, for the checkpoint in a directory or on the Hub: it references the checkpoint, or, of a
-    checkpoint that is a ShortV repo with weights of its own, copies them."""
+    """A repo with this config for the checkpoint in a directory or on the Hub: it references the checkpoint or, of a
+    ShortV repo with weights of its own, copies them."""
     from huggingface_hub import snapshot_download
 
     from . import hub
 
-    own_weights = config.base_model_name_or_path is None
-    patterns = [*hub.PROCESSOR_FILES, "generation_config.json", *(WEIGHT_FILES if own_weights else ())]
-    folder = Path(model)
-    if not folder.is_dir():
-        folder = Path(snapshot_download(model, revision=config.base_model_revision, allow_patterns=patterns))
-    hub.build_repo(config, output, folder)
-    for pattern in WEIGHT_FILES if own_weights else ():
-        for file in folder.glob(pattern):
-            shutil.copyfile(file, output / file.name)
-
-
-WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+    if config.base_model_name_or_path is not None:
+        hub.build_repo_from_base(config, output)
+        return
+    folder = model if Path(model).is_dir() else snapshot_download(model)
+    hub.build_repo(config, output, folder, weights_dir=folder)
 
 
 @app.command()
 def build_repo(
     model: Annotated[str, typer.Argument(help="Hub id or directory of the original checkpoint.")],
     output: Annotated[Path, typer.Option(help="Directory to write.")],
-    layers: Annotated[str, typer.Option(help="Layers to freeze, most ineffective first, e.g. 31,29,30.")],
-    revision: Annotated[str | None, typer.Option(help="Commit or branch of the original checkpoint.")] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers to freeze, most ineffective first, e.g. 31,29,30.")
+    ] = None,
+    ranking: Annotated[Path | None, typer.Option(help="ranking.json to take the layers from, instead.")] = None,
+    num_layers: Annotated[int | None, typer.Option(help="How many layers of the ranking to freeze.")] = None,
+    base_revision: Annotated[
+        str | None,
+        typer.Option("--base-revision", "--revision", help="Commit or branch of the original checkpoint."),
+    ] = None,
     processor_dir: Annotated[Path | None, typer.Option(help="Local directory with the processor files.")] = None,
+    include_weights: Annotated[
+        bool, typer.Option("--include-weights", help="Copy the weights too, instead of referencing them.")
+    ] = False,
 ):
-    """Write a repo (config, code, processor files) that references the weights of an original checkpoint."""
-    from huggingface_hub import snapshot_download
-
+    """Write a repo (config, code, processor files, model card) that references an original checkpoint's weights."""
     from . import hub
 
-    config = _load_config(model, revision)
-    config.shortv_layers = _parse_layers(layers)
-    config.validate_shortv()
+    if (layers is None) == (ranking is None) or (ranking is None) != (num_layers is None):
+        raise ValueError("pass either --layers, or --ranking together with --num-layers")
+    if base_revision is not None and Path(model).is_dir():
+        raise ValueError(
+            f"{model} is a directory, which has no revisions; --base-revision is for checkpoints on the Hub"
+        )
+    config = _load_config(model, base_revision)
     if config.base_model_name_or_path is None:
         raise ValueError(f"{model} holds its own weights; build-repo needs an original checkpoint to reference")
-    if output.resolve() == Path(model).resolve():
-        raise ValueError(f"--output {output} is the checkpoint itself; name another directory")
-    if processor_dir is None and not Path(model).is_dir():
-        files = [*hub.PROCESSOR_FILES, "generation_config.json"]
-        processor_dir = Path(snapshot_download(model, revision=config.base_model_revision, allow_patterns=files))
-    elif processor_dir is None and any((Path(model) / name).is_file() for name in hub.PROCESSOR_FILES):
-        processor_dir = Path(model)
-    hub.build_repo(config, output, processor_dir)
-    print(f"{output}: freezes layers {config.shortv_layers}, weights from {config.base_model_name_or_path}")
-    if processor_dir is None:
+    if ranking is None:
+        config.shortv_layers = _parse_layers(layers)
+    else:
+        from .layer_contribution import LayerRanking
+
+        config.shortv_layers = LayerRanking.load(ranking).layers_for(config, num_layers)
+    config.validate_shortv()
+    hub.build_repo_from_base(config, output, processor_dir, include_weights)
+    base, commit = config.base_model_name_or_path, config.base_model_revision
+    weights = f"a copy of the weights of {base}" if include_weights else f"weights from {base}"
+    print(f"{output}: freezes layers {config.shortv_layers}, {weights}{f' at commit {commit}' if commit else ''}")
+    if not any((output / name).is_file() for name in hub.PROCESSOR_FILES):
         print(f"no processor files in {model}: pass --processor-dir to make a repo for pipelines", file=sys.stderr)
+
+
+@app.command()
+def check_repo(
+    repo: Annotated[str, typer.Argument(help="Directory or Hub id of a ShortV repo.")],
+    revision: Annotated[str | None, typer.Option(help="Commit or branch of the repo.")] = None,
+    device: Annotated[str, typer.Option(help="Where to try it: cpu, cuda, ... or auto.")] = "cpu",
+):
+    """Check files, pinned commit and code of a ShortV repo, and try it in a process without this package."""
+    from .check_repo import check_repo as check
+
+    checks = check(repo, revision, device)
+    print("\n".join(map(str, checks)))
+    failed = [each.name for each in checks if each.problem]
+    print(f"{repo}: {'not to be trusted as it is: ' + ', '.join(failed) if failed else 'in order'}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Directory that build-repo wrote.")],
+    repo_id: Annotated[str, typer.Option(help="Where to: owner/name. Created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Create it as a private repo.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch to publish to.")] = "main",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
+):
+    """Publish a ShortV repo in one commit, with the token of `hf auth login` or HF_TOKEN. Safe to repeat."""
+    from . import publish as publishing
+
+    plan = publishing.plan_publication(folder, repo_id, private, revision)
+    print(plan, flush=True)
+    if dry_run:
+        print("dry run: nothing was changed")
+        return
+    commit = publishing.publish(plan)
+    print(f"{'nothing to do' if plan.is_done else 'published'}: {repo_id} is at commit {commit}")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    context: typer.Context,
+    repo: Annotated[str, typer.Argument(help="Hub id or directory of a ShortV repo.")],
+    revision: Annotated[str | None, typer.Option(help="Commit or branch of the repo.")] = None,
+):
+    """Serve a ShortV repo: `transformers serve` (Transformers 5) with our classes; its options may follow."""
+    from .serve import serve as run_server
+
+    run_server(repo, context.args, revision)
 
 
 def main():

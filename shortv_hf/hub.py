@@ -1,13 +1,15 @@
-"""Building the small Hub repos: a config, the code files, and the processor files of the base checkpoint."""
+"""Building the small Hub repos: config, code files, processor files of the base checkpoint, and a model card."""
 
 import ast
 import copy
 import shutil
 from pathlib import Path
 
+from huggingface_hub import ModelCard, snapshot_download
 from transformers import PretrainedConfig
 
 from . import modeling_shortv
+from .model_card import PAPER, is_commit, reference_card
 
 
 # Processor and tokenizer files of LLaVA checkpoints. They are copied byte for byte: what Transformers 5.x writes when
@@ -25,6 +27,7 @@ PROCESSOR_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
+WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
 
 
 def code_files() -> list[Path]:
@@ -41,43 +44,95 @@ def code_files() -> list[Path]:
     return sorted(found)
 
 
-def build_repo(config: PretrainedConfig, output_dir: str | Path, processor_dir: str | Path | None = None) -> Path:
+def build_repo(
+    config: PretrainedConfig,
+    output_dir: str | Path,
+    processor_dir: str | Path | None = None,
+    weights_dir: str | Path | None = None,
+    license: str | None = None,
+) -> Path:
     """Write a repo that `AutoModelForImageTextToText.from_pretrained(output_dir, trust_remote_code=True)` loads.
 
-    The repo holds `config.json` (with the base reference of `config`), the code files and, from `processor_dir`, the
-    processor, tokenizer and chat template files and `generation_config.json`. It holds no weights: they are read from
-    `config.base_model_name_or_path`. `model.save_pretrained` writes a repo that holds them.
+    The repo holds `config.json` (with the base reference of `config`), the code files, a model card and, from
+    `processor_dir`, the processor, tokenizer and chat template files and `generation_config.json`. It holds no weights
+    unless there is a `weights_dir`: they are read from `config.base_model_name_or_path`.
 
     Args:
         config: a `ShortVLlavaConfig` or `ShortVLlavaNextConfig`.
         output_dir: the repo's directory; made if needed. Files of the same names are overwritten, others stay.
         processor_dir: a local directory with the files of the base checkpoint's processor.
+        weights_dir: a local directory with the base checkpoint's safetensors, to be copied as they are; the config then
+            references no base.
+        license: of the base checkpoint, for the model card.
 
     Returns:
         The directory.
 
     Raises:
-        ValueError: `config` is not a ShortV config or has bad fields; `processor_dir` holds no processor.
+        ValueError: `config` is not a ShortV config or has bad fields; `processor_dir` holds no processor or
+            `weights_dir` no safetensors.
     """
     if not str(getattr(config, "model_type", "")).startswith("shortv_"):
         raise ValueError(f"build_repo needs a ShortV config, got {type(config).__name__}")
     config.validate_shortv()
-    processor_files = []
+    files = code_files()
     if processor_dir is not None:
-        processor_files = [Path(processor_dir) / name for name in PROCESSOR_FILES]
+        processor_files = [Path(processor_dir) / name for name in (*PROCESSOR_FILES, "generation_config.json")]
         processor_files = [file for file in processor_files if file.is_file()]
-        if not processor_files:
+        if not any(file.name in PROCESSOR_FILES for file in processor_files):
             raise ValueError(f"{processor_dir} holds no processor files ({', '.join(PROCESSOR_FILES)})")
-        generation_config = Path(processor_dir) / "generation_config.json"
-        if generation_config.is_file():
-            processor_files.append(generation_config)
+        files += processor_files
+    base, base_revision = config.base_model_name_or_path, config.base_model_revision
+    config = copy.deepcopy(config)
+    config.architectures = [type(config).__name__.replace("Config", "ForConditionalGeneration")]
+    if weights_dir is not None:
+        weights = sorted(file for pattern in WEIGHT_FILES for file in Path(weights_dir).glob(pattern))
+        if not weights:
+            raise ValueError(f"{weights_dir} holds no safetensors")
+        files += weights
+        config.base_model_name_or_path = config.base_model_revision = None
 
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    config = copy.deepcopy(config)
-    config.architectures = [type(config).__name__.replace("Config", "ForConditionalGeneration")]
     config.save_pretrained(output_dir)
-    for file in code_files() + processor_files:
-        if file.resolve().parent != output_dir.resolve():
+    for file in files:
+        if file.absolute().parent.resolve() != output_dir.resolve():
             shutil.copyfile(file, output_dir / file.name)
+    card = reference_card(config, output_dir.resolve().name, base=base, base_revision=base_revision, license=license)
+    (output_dir / "README.md").write_text(str(card), encoding="utf-8")
     return output_dir
+
+
+def build_repo_from_base(
+    config: PretrainedConfig,
+    output_dir: str | Path,
+    processor_dir: str | Path | None = None,
+    include_weights: bool = False,
+) -> Path:
+    """[`build_repo`] with what it needs of the base checkpoint, local or on the Hub, at the commit that `config` pins.
+
+    Raises:
+        ValueError: as `build_repo`; `config` references no base; a base on the Hub is not pinned to a commit;
+            `output_dir` is the base itself.
+        OSError: the base cannot be found.
+    """
+    base, revision = config.base_model_name_or_path, config.base_model_revision
+    if base is None:
+        raise ValueError("the config references no base checkpoint: it is of a model that holds its own weights")
+    if Path(base).is_dir():
+        base_dir = Path(base)
+        if Path(output_dir).resolve() == base_dir.resolve():
+            raise ValueError(f"{output_dir} is the checkpoint itself; name another directory")
+    elif not is_commit(revision):
+        raise ValueError(f"the reference to {base} is not pinned to a commit: base_model_revision is {revision!r}")
+    else:
+        patterns = [*PROCESSOR_FILES, "generation_config.json", "README.md"]
+        patterns += WEIGHT_FILES if include_weights else ()
+        base_dir = Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
+    if processor_dir is None and any((base_dir / name).is_file() for name in PROCESSOR_FILES):
+        processor_dir = base_dir
+    license = "llama2" if base in PAPER else None  # of the Llama 2 models inside
+    if (base_dir / "README.md").is_file():
+        license = ModelCard.load(base_dir / "README.md", ignore_metadata_errors=True).data.license or license
+    weights_dir = base_dir if include_weights else None
+    return build_repo(config, output_dir, processor_dir, weights_dir, license)

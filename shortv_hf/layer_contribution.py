@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .flops import flops_ratio
@@ -78,16 +78,20 @@ class LayerRanking:
             raise ValueError(f"cannot freeze {num_layers} layers: the ranking has {len(self.order)}")
         return self.order[:num_layers]
 
+    def layers_for(self, config: PretrainedConfig, num_layers: int) -> list[int]:
+        """[`layers`] for a model with this config. Raises `ValueError` if it has another number of layers, too."""
+        n_layers = config.text_config.num_hidden_layers
+        if n_layers != len(self.order):
+            raise ValueError(f"the ranking is of a model with {len(self.order)} layers; this one has {n_layers}")
+        return self.layers(num_layers)
+
     def apply(self, model: PreTrainedModel, num_layers: int):
         """Freeze visual tokens in the `num_layers` most ineffective layers of `model`.
 
         Raises:
             ValueError: if the model has another number of layers than the ranked one, or `num_layers` is out of range.
         """
-        n_layers = model.config.text_config.num_hidden_layers
-        if n_layers != len(self.order):
-            raise ValueError(f"the ranking is of a model with {len(self.order)} layers; this one has {n_layers}")
-        model.set_shortv_layers(self.layers(num_layers))
+        model.set_shortv_layers(self.layers_for(model.config, num_layers))
 
     def save(self, file: str | Path):
         """Write as JSON."""

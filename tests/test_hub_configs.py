@@ -87,5 +87,21 @@ def test_script_writes_what_is_there(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["make_hub_configs.py", "--output", str(tmp_path)])
     make_hub_configs.main()
     for name in REPOS:
-        for file in ("config.json", "generation_config.json"):
+        for file in ("config.json", "generation_config.json", "README.md"):
             assert (tmp_path / name / file).read_text() == (ROOT / "hub_configs" / name / file).read_text()
+
+
+def test_card_of_the_demonstration_model_is_what_the_script_writes(tmp_path, monkeypatch):
+    folder = ROOT / "hub_configs" / "shortv-shapes-demo"
+    if not (folder / "results.json").is_file():
+        pytest.skip("the demonstration model is not there yet")
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import make_hub_configs
+
+    copy = tmp_path / folder.name
+    copy.mkdir()
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".png"):
+            (copy / file.name).write_bytes(file.read_bytes())
+    make_hub_configs.write_demo_card(copy)
+    assert (copy / "README.md").read_text() == (folder / "README.md").read_text()

@@ -105,7 +105,7 @@ print(json.dumps(found))
 
 def test_original_from_the_hub_pins_its_commit(hub, tmp_path, request):
     found = run(DIRECT, request.config.rootpath, hub.pinned, **environment(hub, tmp_path))
-    newest = hub.repos["org/base"]["main"]
+    newest = hub.head("org/base")
     first, second = (model.lm_head.weight.sum().item() for model in (hub.first, hub.second))
     assert found["main"] == [pytest.approx(second), "org/base", newest, newest]
     assert found["pinned"] == [pytest.approx(first), "org/base", hub.pinned, hub.pinned]

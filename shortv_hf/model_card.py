@@ -1,0 +1,318 @@
+"""Model cards, written from data: the repo's config, the paper's tables, and what this project measured itself.
+
+The loading examples name the repo `ORG/<name>`; [`with_repo_id`] puts the real id there when a repo is published.
+"""
+
+import re
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PretrainedConfig
+
+from .flops import flops_ratio, prefill_flops
+
+
+METRICS = ("MME", "MMBench", "MMMU", "MMStar", "SEED-Bench", "GQA", "Flickr30K", "average", "retained, %")
+# The paper's models: base → (name, rows of Table 2 without and with ShortV, time to first token of Tables 3 and 4)
+PAPER = {
+    "llava-hf/llava-1.5-7b-hf": (
+        "LLaVA-1.5-7B",
+        (1510.7, 64.1, 36.3, 33.7, 66.1, 61.9, 74.9, 58.9, 100.0),
+        (1503.1, 64.8, 36.2, 33.3, 66.2, 60.9, 71.3, 58.3, 99.0),
+        1.30,
+    ),
+    "llava-hf/llava-1.5-13b-hf": (
+        "LLaVA-1.5-13B",
+        (1531.3, 68.9, 35.4, 36.1, 68.2, 63.3, 79.6, 61.2, 100.0),
+        (1535.9, 68.6, 35.8, 37.1, 68.0, 62.0, 76.4, 60.7, 99.2),
+        1.39,
+    ),
+    "llava-hf/llava-v1.6-vicuna-7b-hf": (
+        "LLaVA-NeXT-7B",
+        (1519.0, 67.1, 36.4, 37.1, 70.2, 64.1, 69.7, 60.1, 100.0),
+        (1525.1, 67.2, 36.0, 37.8, 70.4, 63.4, 65.7, 59.5, 99.0),
+        1.44,
+    ),
+    "llava-hf/llava-v1.6-vicuna-13b-hf": (
+        "LLaVA-NeXT-13B",
+        (1570.0, 70.5, 35.9, 39.9, 71.9, 65.7, 66.7, 61.3, 100.0),
+        (1553.0, 70.2, 36.2, 39.9, 71.8, 63.6, 67.5, 61.0, 99.5),
+        1.52,
+    ),
+}
+PAPER_DATASETS = ["lmms-lab/GQA", "lmms-lab/flickr30k"]  # 20 samples of each chose the layers (the paper's Appendix B)
+CITATION = """\
+@inproceedings{yuan2025shortv,
+  title={ShortV: Efficient Multimodal Large Language Models by Freezing Visual Tokens in Ineffective Layers},
+  author={Yuan, Qianhao and Zhang, Qingyu and Liu, Yanjiang and Chen, Jiawei and Lu, Yaojie and Lin, Hongyu and Zheng, Jia and Han, Xianpei and Sun, Le},
+  booktitle={Proceedings of the IEEE/CVF International Conference on Computer Vision},
+  pages={329--339},
+  year={2025}
+}"""
+TAGS = ["shortv", "visual-token-freezing", "efficient-inference"]
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Whether `name` has the form of a repo on the Hub, `owner/name`; local directories are absolute paths here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name or "") is not None
+
+
+def is_commit(revision: str | None) -> bool:
+    """Whether `revision` is the hash of a commit, and not a branch that moves."""
+    return re.fullmatch("[0-9a-f]{40}", revision or "") is not None
+
+
+def with_repo_id(card: str, repo_id: str) -> str:
+    """The card with `repo_id` in its examples, in place of `ORG/<name>`."""
+    return re.sub(r"\bORG/[\w.-]+", repo_id, card)
+
+
+def reference_card(
+    config: PretrainedConfig,
+    name: str,
+    *,
+    base: str | None = None,
+    base_revision: str | None = None,
+    license: str | None = None,
+    of_the_paper: bool = False,
+    picture: str | None = None,
+    measured: list[dict] = (),
+) -> ModelCard:
+    """Card of a repo made from an original checkpoint.
+
+    Args:
+        config: the ShortV config.
+        name: of the repo, without its owner.
+        base, base_revision: the original checkpoint (Hub id or directory) and its commit; by default what `config`
+            references. Given for repos that carry a copy of the weights.
+        license: of the base checkpoint, as the Hub abbreviates it; left out if unknown.
+        of_the_paper: the frozen layers are the paper's, so its results belong on the card.
+        picture: file in the repo that shows the frozen layers.
+        measured: reports of `scripts/benchmark.py` cut down to this model:
+            `[{"conditions": {...}, "results": [{...}]}]`.
+
+    Raises:
+        ValueError: `of_the_paper` with a base or a number of layers that the paper does not have.
+    """
+    carries_weights = config.base_model_name_or_path is None
+    base = base or config.base_model_name_or_path
+    base_revision = base_revision or config.base_model_revision
+    on_the_hub = is_hub_id(base)
+    n_layers, n_frozen = config.text_config.num_hidden_layers, len(config.shortv_layers)
+    if of_the_paper and (base not in PAPER or n_frozen != {32: 19, 40: 24}.get(n_layers)):
+        raise ValueError(f"the paper has no results for {base} with {n_frozen} of {n_layers} layers frozen")
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=[*TAGS, config.base_model_type.replace("_", "-")],
+        license=license,
+        base_model=base if on_the_hub else None,
+        datasets=PAPER_DATASETS if of_the_paper else None,
+    )
+    if on_the_hub:
+        data.base_model_relation = "finetune"  # what the Hub assumes: none of its four relations says "same weights"
+    title = PAPER[base][0] if of_the_paper else base.rstrip("/").split("/")[-1] if base else name
+    where = f"[`{base}`](https://huggingface.co/{base})" if on_the_hub else "a checkpoint in a local directory"
+    commit = f" at commit `{base_revision}`" if base_revision else ""
+    if base is None:
+        weights = "The weights are this repo's own."
+    elif carries_weights:
+        weights = f"The weights are an unchanged copy of those of {where}{commit}."
+    else:
+        weights = f"This repo holds no weights. They are read from {where}{commit}."
+    license_note = f"; the weights are under the license of the base checkpoint (`{license}`)" if license else ""
+    sections = [
+        f"# {title} with visual tokens frozen in {n_frozen} of {n_layers} layers (ShortV)",
+        f"ShortV ([ICCV 2025](https://arxiv.org/abs/2504.00502)) makes the prefill of a multimodal model cheaper without "
+        f"training: in decoder layers that change visual tokens to no effect, visual tokens keep their hidden states, "
+        f"and only text tokens pay for queries, output projection and FFN.\n\n{weights} Frozen layers, the most "
+        f"ineffective first: {', '.join(map(str, config.shortv_layers)) or 'none'}.",
+        f"![Which tokens each decoder layer computes]({picture})" if picture else None,
+        _loading(name, "float16"),
+        _trust(name),
+        "## Results\n\n" + "\n\n".join(_results(config, base, of_the_paper, measured)),
+        _limits(),
+        f"## License and citation\n\nThe code in this repo is under Apache 2.0{license_note}.\n\n"
+        f"```bibtex\n{CITATION}\n```",
+    ]
+    return _card(data, sections)
+
+
+def demo_card(config: PretrainedConfig, name: str, results: dict, picture: str | None = None) -> ModelCard:
+    """Card of the demonstration model, which was trained from scratch on pictures of coloured shapes.
+
+    Args:
+        config: its ShortV config.
+        name: of the repo, without its owner.
+        results: content of `results.json`, written by the script that evaluates the model:
+            - `questions` (int): held-out questions asked;
+            - `frozen_layers` (list[int]): what "shortv" froze; must be the config's;
+            - `accuracy` (dict): "dense", "shortv", "all_frozen" → dict of "overall" and every question type to the
+              share of right answers, 0 to 1; the types are the same in all three;
+            - `training` (dict, optional): what to say about the training, label → value.
+        picture: file in the repo that shows the frozen layers.
+
+    Raises:
+        ValueError: fields are missing, shares are not between 0 and 1, or the layers are not the config's.
+    """
+    _check_demo_results(results, config)
+    accuracy, n_layers, n_frozen = results["accuracy"], config.text_config.num_hidden_layers, len(config.shortv_layers)
+    columns = {
+        "dense": "no layer frozen",
+        "shortv": f"{n_frozen} of {n_layers} frozen",
+        "all_frozen": "all layers frozen",
+    }
+    types = ["overall", *sorted(set(accuracy["dense"]) - {"overall"})]
+    rows = [[kind, *(f"{accuracy[column][kind]:.1%}" for column in columns)] for kind in types]
+    training = "".join(f"\n- {label}: {value}" for label, value in (results.get("training") or {}).items())
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="image-text-to-text",
+        tags=[*TAGS, config.base_model_type.replace("_", "-"), "demo"],
+        license="apache-2.0",
+        language="en",
+    )
+    sections = [
+        f"# A small LLaVA that demonstrates ShortV: visual tokens frozen in {n_frozen} of {n_layers} layers",
+        "This model was trained from scratch to answer questions about synthetic pictures of coloured shapes, and about "
+        "nothing else. It shows what [ShortV](https://arxiv.org/abs/2504.00502) does in seconds and on any machine: "
+        "freezing visual tokens in the right layers leaves the answers as they are. The repo holds its own weights. "
+        f"Frozen layers, the most ineffective first: {', '.join(map(str, config.shortv_layers))}. They were chosen on "
+        "pictures of the same kind, apart from those of the evaluation.",
+        f"![Which tokens each decoder layer computes]({picture})" if picture else None,
+        _loading(name, "float32"),
+        _trust(name),
+        f"## Results\n\nShare of right answers to {results['questions']} held-out questions (the whole answer has to be "
+        f"right; greedy decoding), measured by this project's `scripts/train_shapes_vlm.py --export`:\n\n"
+        + _table(["question type", *columns.values()], rows)
+        + (f"\n\nTraining:\n{training}" if training else ""),
+        _limits(),
+        f"## License and citation\n\nCode and weights are under Apache 2.0.\n\n```bibtex\n{CITATION}\n```",
+    ]
+    return _card(data, sections)
+
+
+def _check_demo_results(results: dict, config: PretrainedConfig):
+    for field in ("questions", "frozen_layers", "accuracy"):
+        if field not in results:
+            raise ValueError(f"the results of the demonstration model lack {field!r}")
+    if results["frozen_layers"] != config.shortv_layers:
+        raise ValueError(
+            f"the results are of layers {results['frozen_layers']}, the config's are {config.shortv_layers}"
+        )
+    accuracy = results["accuracy"]
+    for variant in ("dense", "shortv", "all_frozen"):
+        if "overall" not in accuracy.get(variant, {}) or set(accuracy[variant]) != set(accuracy["dense"]):
+            raise ValueError(f"accuracy[{variant!r}] needs 'overall' and the question types of the others")
+        for kind, share in accuracy[variant].items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"accuracy[{variant!r}][{kind!r}] is {share!r}; shares are between 0 and 1")
+
+
+def _loading(name: str, dtype: str) -> str:
+    return f"""\
+## Load it
+
+On Transformers 5.x and 4.57, with `torch` and `pillow` beside them:
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+repo = "ORG/{name}"
+revision = "main"  # better: the hash of the commit whose code you have read
+model = AutoModelForImageTextToText.from_pretrained(
+    repo, revision=revision, trust_remote_code=True, dtype="{dtype}", device_map="auto"
+)
+processor = AutoProcessor.from_pretrained(repo, revision=revision, trust_remote_code=True)
+
+messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]}}]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.device, model.dtype)
+print(processor.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_special_tokens=True))
+```
+
+`device_map="auto"` needs `accelerate`. On Transformers 4.57, `AutoModelForVision2Seq` loads it too (5.x removed that
+class). `pipeline("image-text-to-text", model=repo, revision=revision, trust_remote_code=True)` works on both.
+`model.set_shortv_layers([...])` changes the frozen layers at run time; `[]` is the dense model."""
+
+
+def _trust(name: str) -> str:
+    return f"""\
+## What `trust_remote_code` runs
+
+The `.py` files of this repo, and no others. They are copies of files of the package `shortv_hf` and import PyTorch,
+Transformers and Python's standard library only. The base checkpoint, if there is one, is read as data: safetensors and
+JSON, never code. Pin `revision` to a commit hash, and what you have read is what runs.
+
+To run none of it, install the package: after `import shortv_hf` the same lines load this repo without
+`trust_remote_code`, with the installed code. `shortv check-repo ORG/{name}` compares the two."""
+
+
+def _results(config: PretrainedConfig, base: str | None, of_the_paper: bool, measured: list[dict]) -> list[str]:
+    v = 2880 if config.base_model_type == "llava_next" else 576
+    dense, sparse = prefill_flops(64, v, config, N=0), prefill_flops(64, v, config)
+    parts = []
+    if of_the_paper:
+        _, without, with_shortv, speed_up = PAPER[base]
+        rows = [[metric, str(a), str(b)] for metric, a, b in zip(METRICS, without, with_shortv, strict=True)]
+        parts.append(
+            "**Reported by the paper** (its Table 2; the authors' code and the original checkpoints), not repeated here. "
+            "MMBench is English, MMMU the validation set, Flickr30K is CIDEr, the average is normalized:\n\n"
+            + _table(["", "dense", f"{len(config.shortv_layers)} layers frozen"], rows)
+        )
+        parts.append(
+            f"The paper reports {speed_up:.2f}× to the first token on one A100 (its Tables 3 and 4). The layers are those "
+            "of its Table 8, chosen by its authors on 20 samples each of GQA and Flickr30K."
+        )
+    parts.append(
+        f"**Computed** (Eq. 3-5 of the paper): the language model's prefill of 64 text and {v} visual tokens takes "
+        f"{sparse / 1e12:.2f} instead of {dense / 1e12:.2f} TFLOPs, {flops_ratio(64, v, config):.1%}."
+    )
+    rows = []
+    for report in measured:
+        where = report["conditions"]
+        for result in report["results"]:
+            if result["method"] != f"ShortV N={len(config.shortv_layers)}":
+                continue  # the stock class, other numbers of layers, other methods
+            stages = ("prefill", "time_to_first_token", "output_token")
+            rows.append(
+                [
+                    f"{where['device']}, {where['dtype']}, {result['mode']}, torch {where['torch']}, "
+                    f"Transformers {where['transformers']}",
+                    f"{result['batch']}, {result['text_tokens']} + {result['visual_tokens']}",
+                    *(f"{result[stage]['speed_up']:.2f}×" if stage in result else "" for stage in stages),
+                ]
+            )
+    if rows:
+        header = [
+            "conditions",
+            "batch, text + visual tokens",
+            "prefill",
+            "time to first token",
+            "time per output token",
+        ]
+        parts.append(
+            "**Measured by this project** (`scripts/benchmark.py`: this architecture with random weights, against the "
+            "stock class in turn in one run, medians):\n\n" + _table(header, rows)
+        )
+    else:
+        parts.append("This project has measured neither speed nor quality of this model itself.")
+    return parts
+
+
+def _limits() -> str:
+    return """\
+## Limits
+
+- Only the prefill gets cheaper; decoding steps and the KV cache are those of the dense model.
+- What is right or wrong about the base model's answers stays so; freezing layers can add errors. Check it on your task.
+- Inference in batches works with padding on either side; compiled graphs of several rows save nothing."""
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _card(data: ModelCardData, sections: list[str | None]) -> ModelCard:
+    text = "\n\n".join(section for section in sections if section)
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n", ignore_metadata_errors=False)

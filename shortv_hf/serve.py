@@ -1,0 +1,46 @@
+"""Serving a ShortV repo with Transformers' own OpenAI-compatible server.
+
+The server finds models through tables of class names, which know nothing of classes from elsewhere; they are told here.
+The classes are those of this package: no remote code is run.
+"""
+
+import transformers
+from transformers import PretrainedConfig
+
+from .chat import MODEL_CLASSES
+
+
+TABLES = ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
+
+
+def serve(repo: str, arguments: list[str] = (), revision: str | None = None):
+    """Run `transformers serve` with `repo` as its only model; returns when the server is stopped.
+
+    Args:
+        repo: Hub id or directory of a ShortV repo. Requests name it as their model (`repo@revision` with a revision).
+        arguments: further arguments of `transformers serve`, such as `["--port", "8080"]`.
+        revision: commit or branch of the repo.
+
+    Raises:
+        ValueError: Transformers is older than 5 or lacks the packages of its server; `repo` is not a ShortV repo.
+        OSError: it cannot be found.
+    """
+    if transformers.__version__.startswith("4."):
+        raise ValueError(
+            f"serving needs Transformers 5, this is {transformers.__version__}: the server of 4.x streams every answer "
+            "and shares one cache between conversations"
+        )
+    from transformers.utils.import_utils import is_serve_available
+
+    if not is_serve_available():
+        raise ValueError("serving needs more packages: pip install 'transformers[serving]'")
+    model_type = PretrainedConfig.get_config_dict(repo, revision=revision)[0].get("model_type")
+    if model_type not in (config_class.model_type for config_class, _ in MODEL_CLASSES):
+        raise ValueError(f"{repo} has model_type {model_type!r}, which is not ShortV's; make a repo with build-repo")
+    from transformers.cli.transformers import app
+    from transformers.models.auto import modeling_auto
+
+    for config_class, model_class in MODEL_CLASSES:
+        for table in TABLES:
+            getattr(modeling_auto, table)[config_class.model_type] = model_class.__name__
+    app(["serve", f"{repo}@{revision}" if revision else repo, *arguments])

@@ -1,0 +1,97 @@
+"""What `shortv check-repo` finds in the files of a repo, and that it runs no code that is not the package's."""
+
+import json
+
+import pytest
+from helpers import FAMILIES, make_config, make_model
+from processor_files import write_processor
+from test_base_weights import write_checkpoint
+
+from shortv_hf.check_repo import check_files, check_repo
+from shortv_hf.hub import build_repo
+
+
+@pytest.fixture
+def repo(tmp_path):
+    config = make_config(shortv_layers=[3, 1])
+    config.base_model_name_or_path, config.base_model_revision = "org/base", "0123456789" * 4
+    return build_repo(config, tmp_path / "repo")
+
+
+def problems(folder):
+    return {check.name: check.problem for check in check_files(folder) if check.problem}
+
+
+def edit_config(repo, **fields):
+    config = json.loads((repo / "config.json").read_text())
+    (repo / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def test_a_built_repo_is_in_order(repo):
+    checks = check_files(repo)
+    assert not problems(repo) and [check.name for check in checks] == ["config", "base", "code files", "imports"]
+    assert "shortv_llava, layers [3, 1] of 4 frozen" in str(checks[0]) and "org/base at 0123456789" in str(checks[1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "name", "message"),
+    [
+        ({"model_type": "llava"}, "config", "model_type is 'llava', which is not ShortV's"),
+        ({"shortv_layers": [9]}, "config", "shortv_layers holds 9, which is out of range"),
+        ({"auto_map": {"AutoConfig": "other/repo--code.Config"}}, "config", "auto_map does not name ShortV's classes"),
+        ({"base_model_revision": "main"}, "base", "not pinned to a commit: base_model_revision is 'main'"),
+        ({"base_model_name_or_path": "/home/me/llava"}, "base", "which is not a repo on the Hub"),
+        ({"base_model_name_or_path": None}, "base", "references no base checkpoint, and holds no safetensors"),
+    ],
+    ids=str,
+)
+def test_config(repo, fields, name, message):
+    edit_config(repo, **fields)
+    assert message in problems(repo)[name]
+
+
+def test_code(repo):
+    code = repo / "decoder_layer.py"
+    original = code.read_text()
+    code.write_text(original + "\nimport numpy.linalg\n")
+    assert problems(repo)["imports"] == "code imports numpy"
+    assert problems(repo)["code files"].startswith("decoder_layer.py differs from shortv_hf ")
+    code.write_text(original)
+    (repo / "extra.py").write_text("from ..elsewhere import x\n")
+    assert problems(repo) == {"code files": "extra.py is not ShortV's", "imports": "extra.py imports from ..elsewhere"}
+    (repo / "extra.py").write_text("def broken(:\n")
+    assert "invalid syntax" in problems(repo)["imports"]
+    (repo / "extra.py").unlink()
+    code.unlink()
+    assert problems(repo)["code files"] == "decoder_layer.py is missing"
+
+
+def test_changed_code_is_not_run(tmp_path):
+    repo = tmp_path / "repo"
+    make_model().save_pretrained(repo)
+    write_processor(repo)
+    ran = tmp_path / "ran"
+    code = repo / "configuration_shortv.py"
+    code.write_text(f"open({str(ran)!r}, 'w')\n" + code.read_text())
+    checks = check_repo(str(repo))
+    assert [check.name for check in checks if check.problem] == ["code files"]
+    assert not ran.exists()
+
+
+def test_nothing_there(tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert problems(tmp_path / "empty")["config"] == "there is no config.json"
+    with pytest.raises(ValueError, match="no such directory"):
+        check_repo(str(tmp_path / "missing"))
+
+
+def test_trial_of_a_self_contained_repo(tmp_path):
+    base = write_processor(write_checkpoint(tmp_path / "base", make_model()))
+    config = FAMILIES["llava"][0].from_pretrained(base, shortv_layers=[1])
+    repo = build_repo(config, tmp_path / "repo", processor_dir=base, weights_dir=base)
+    checks = check_repo(str(repo))
+    assert [str(check) for check in checks if check.problem] == []
+    assert [check.name for check in checks][5:] == [
+        "loads in a fresh process", "weights", "text-only prompt", "image prompt",
+    ]  # fmt: skip
+    assert "none missing" in checks[6].note and "4 out" in checks[8].note
