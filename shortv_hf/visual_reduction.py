@@ -11,6 +11,7 @@ A method works at one of two places, and gives what that place needs (shapes: B 
 The surgery on the models, shared by all methods, is in `visual_tokens.py` (decoder) and `visual_images.py` (images).
 """
 
+import json
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import ClassVar
@@ -407,3 +408,28 @@ def parse_visual_reduction(visual_reduction: dict | None, sizes: ModelSizes) -> 
     reduction = METHODS[method](**options)
     reduction.check(sizes)
     return reduction
+
+
+def visual_reduction_from_text(text: str) -> dict | None:
+    """The dict for `config.visual_reduction` from a command line: JSON, `fastv:k=2,ratio=0.5`, `prumerge` or `none`.
+
+    Raises:
+        ValueError: if it is neither; what the options mean is checked with the model at hand.
+    """
+    form = "use JSON such as {\"method\": \"vtw\", \"k\": 16}, or method:option=value,option=value"
+    if text.strip().startswith("{"):
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"cannot read the reduction {text!r} ({error}); {form}") from None
+    method, _, rest = text.strip().partition(":")
+    if method == "none" and not rest:
+        return None
+    options = {"method": method}
+    for part in filter(None, rest.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            options[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            raise ValueError(f"cannot read {part!r} in the reduction {text!r}; {form}") from None
+    return options
