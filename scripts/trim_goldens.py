@@ -104,7 +104,9 @@ def trim_reductions(source: Path, target: Path):
     model = LlavaForConditionalGeneration.from_pretrained(folder / "model_b_576p24l", dtype=torch.float32)
     tower = model.model.vision_tower
     layer = getattr(tower, "vision_model", tower).encoder.layers[-1]
-    tensors = {name: value for name, value in layer.state_dict().items() if name.startswith(("self_attn", "layer_norm1"))}
+    tensors = {
+        name: value for name, value in layer.state_dict().items() if name.startswith(("self_attn", "layer_norm1"))
+    }
     tensors = {name: value for name, value in tensors.items() if "v_proj" not in name and "out_proj" not in name}
     for name in PRUMERGE:
         case = load_file(folder / "cases" / f"{name}.safetensors")

@@ -147,7 +147,9 @@ def prefill_flops(
     if reduction is not None and not isinstance(reduction, ImageReduction):
         first = reduction.k
         if shortv_layers is None and N:
-            raise ValueError(f"{reduction.method} drops tokens at layer {first}: pass shortv_layers instead of N = {N}")
+            raise ValueError(
+                f"{reduction.method} drops tokens at layer {first}: pass shortv_layers instead of N = {N}"
+            )
     left = kept_visual_tokens(v, visual_reduction, config, kept=kept)
     frozen_before = sum(layer < first for layer in shortv_layers or ())
 

@@ -64,7 +64,7 @@ def reduced_image_features(model, reduction: ImageReduction, get_features, image
     places = [torch.arange(side**2)] * len(features)
     tiles = [1] * len(features)
     if image_sizes is not None:
-        tiles, places = _places_of_patches(model, image_sizes, side**2)
+        tiles, places = places_of_patches(model, image_sizes, side**2)
     scores = reduction.scores(tiles, side**2, recorder.attentions())
     marked = []
     for feature, n, place, scored in zip(features, tiles, places, scores.split(tiles), strict=True):
@@ -103,7 +103,7 @@ def _merge(model, reduction, get_features, recorder):
     return [fill(feature[:n], patches, DROPPED) for feature, n in zip(features, lengths, strict=True)]
 
 
-def _places_of_patches(model, image_sizes, patches: int):
+def places_of_patches(model, image_sizes, patches: int):
     """Tiles per image, and for each token of an image which patch it is, counted through its tiles; -1 for newlines.
 
     The model's own packing says so: it packs the patches' numbers as if they were features."""

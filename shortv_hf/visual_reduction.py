@@ -298,7 +298,10 @@ def count_outliers(attention: torch.Tensor) -> int:
     return int(n * (outliers / n))  # as released, float rounding included
 
 
-def merge_neighbours(features, attention, keys, kept, n_neighbours: int = 32) -> torch.Tensor:
+N_NEIGHBOURS = 32
+
+
+def merge_neighbours(features, attention, keys, kept) -> torch.Tensor:
     """PruMerge's tokens: each kept patch plus the attention-weighted sum of its nearest patches, then one token of all
     the patches that are not kept.
 
@@ -311,16 +314,19 @@ def merge_neighbours(features, attention, keys, kept, n_neighbours: int = 32) ->
     """
     n = len(features)
     weighted = attention[:, None] * features.float()
-    directions = torch.nn.functional.normalize(keys.float(), dim=-1)
-    similarity = directions[kept] @ directions.T
-    similarity.scatter_(1, kept[:, None], float("-inf"))  # not its own neighbour
-    nearest = similarity.topk(min(n_neighbours, n - 1), dim=1).indices
+    nearest = similarities(keys, kept).topk(min(N_NEIGHBOURS, n - 1), dim=1).indices
     tokens = features[kept].float() + weighted[nearest].sum(1)
     if len(kept) < n:
         rest = torch.ones(n, dtype=torch.bool, device=features.device)
         rest[kept] = False
         tokens = torch.cat([tokens, weighted[rest].sum(0, keepdim=True)])
     return tokens.to(features.dtype)
+
+
+def similarities(keys: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """Cosine of the keys `[N, C]` of the `kept` `[k]` patches with those of all, `[k, N]`; -inf with themselves."""
+    directions = torch.nn.functional.normalize(keys.float(), dim=-1)
+    return (directions[kept] @ directions.T).scatter(1, kept[:, None], float("-inf"))
 
 
 # Baselines
@@ -416,7 +422,7 @@ def visual_reduction_from_text(text: str) -> dict | None:
     Raises:
         ValueError: if it is neither; what the options mean is checked with the model at hand.
     """
-    form = "use JSON such as {\"method\": \"vtw\", \"k\": 16}, or method:option=value,option=value"
+    form = 'use JSON such as {"method": "vtw", "k": 16}, or method:option=value,option=value'
     if text.strip().startswith("{"):
         try:
             return json.loads(text)

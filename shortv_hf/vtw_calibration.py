@@ -5,26 +5,18 @@ all visual tokens withdrawn before layer K and with none, averaged over samples.
 K from 5 on whose divergence is at most 0.003 (LLaVA-1.5-7B), 0.0005 (13B) or 0.0001 (LLaVA-NeXT-7B), over 20 samples.
 """
 
+import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
+
+from . import shapes
+from .chat import token_reduction
 
 
 KL_DIRECTIONS = ("forward", "reverse")
 FIRST_LAYER = 5  # the released code looks at no earlier one
-
-
-@contextmanager
-def visual_reduction(model: PreTrainedModel, options: dict | None) -> Iterator[PreTrainedModel]:
-    """The model with another reduction method, for a while."""
-    before = model.config.visual_reduction
-    model.set_visual_reduction(options)
-    try:
-        yield model
-    finally:
-        model.set_visual_reduction(before)
 
 
 @torch.no_grad()
@@ -33,11 +25,25 @@ def next_token_log_probabilities(model: PreTrainedModel, sample: dict, options: 
     inputs = {name: value.to(model.device) for name, value in sample.items()}
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    with visual_reduction(model, options):
+    with token_reduction(model, options):
         logits = model(**inputs, use_cache=False).logits
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
     last = torch.where(mask.bool(), torch.arange(mask.shape[1], device=mask.device), -1).amax(1)
     return logits[torch.arange(len(last)), last].float().log_softmax(-1)
+
+
+def sample_inputs(processor: ProcessorMixin, n: int, images: list = (), prompt: str = "") -> Iterator[dict]:
+    """Model inputs to calibrate with: `prompt` about each of `images` or, without any, questions about `n` drawn scenes
+    of the calibration seeds (`shapes.py`)."""
+    pairs = [(image, prompt) for image in images]
+    for seed in range(0 if pairs else n):
+        rng = random.Random(seed)
+        scene = shapes.make_scene(rng)
+        pairs.append((shapes.draw(scene, 336), shapes.questions(scene, rng, 1)[0].text))
+    for image, question in pairs:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        yield dict(processor(text=text, images=[image], return_tensors="pt"))
 
 
 def withdrawal_divergences(

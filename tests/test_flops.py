@@ -188,7 +188,9 @@ def test_table_of_the_reductions(row, model):
 
 def test_reduction_of_the_config_is_the_default():
     config = make_config(shortv_layers=[3, 0], visual_reduction={"method": "fastv", "k": 2, "ratio": 0.5})
-    layers = [layer_flops(3, v, config, frozen=frozen) for v, frozen in ((16, True), (16, False), (8, False), (8, True))]
+    layers = [
+        layer_flops(3, v, config, frozen=frozen) for v, frozen in ((16, True), (16, False), (8, False), (8, True))
+    ]
     assert prefill_flops(3, 16, config) == sum(layers)
     assert flops_ratio(3, 16, config) == sum(layers) / (4 * layer_flops(3, 16, config))
     assert prefill_flops(3, 16, config, N=0) == 4 * layer_flops(3, 16, config)  # nothing of the config's

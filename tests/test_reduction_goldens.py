@@ -61,7 +61,15 @@ def kept_visual(output, k, visual):
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     ("prompt", "k", "ratio"),
-    [("P1", 1, 0.5), ("P1", 2, 0.25), ("P1", 2, 0.5), ("P1", 2, 0.75), ("P2", 2, 0.5), ("P3", 2, 0.5), ("B2b", 2, 0.5)],
+    [
+        ("P1", 1, 0.5),
+        ("P1", 2, 0.25),
+        ("P1", 2, 0.5),
+        ("P1", 2, 0.75),
+        ("P2", 2, 0.5),
+        ("P3", 2, 0.5),
+        ("B2b", 2, 0.5),
+    ],
 )
 def test_fastv_choice(prompt, k, ratio, attn, scores):
     model = ShortVLlavaForConditionalGeneration(small_config(3)).eval()  # the third layer does not matter
@@ -188,4 +196,6 @@ def test_full_withdrawal_divergences(full_models):
     tensors = load_file(Path(FULL) / "fastv_vtw" / "cases" / "vtw_findk__P4.safetensors")
     inputs = {name: tensors[name] for name in ("input_ids", "attention_mask", "pixel_values")}
     found = withdrawal_divergences(model, [inputs], layers=[5, 6, 7])
-    torch.testing.assert_close(torch.tensor(list(found.values())), tensors["expected.kl"].flatten(), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(
+        torch.tensor(list(found.values())), tensors["expected.kl"].flatten(), atol=1e-5, rtol=1e-3
+    )
