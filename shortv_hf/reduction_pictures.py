@@ -27,11 +27,11 @@ from .visual_reduction import (
 
 ABSENT, DROPPED, REST, KEPT, MERGED = range(5)
 LEGEND = {
-    KEPT: "kept",
-    MERGED: "merged into the kept patch of its colour",
-    REST: "in the token of all the rest",
-    DROPPED: "dropped",
-    ABSENT: "padding, never in the prompt",
+    KEPT: "framed: kept",
+    MERGED: "tinted: merged into the kept patch of that colour",
+    REST: "dark with a dot: in the token of all the rest",
+    DROPPED: "dark: dropped",
+    ABSENT: "light: padding, never in the prompt",
 }
 
 
@@ -80,14 +80,17 @@ def patch_fates(model: PreTrainedModel, inputs: dict, options: dict | None) -> l
             kept = _kept_in_decoder(model, inputs, reduction)[: len(place)]
             states, group = _selected(kept, place, tiles[0] * n)
     return [
-        PatchFates(_title(i, tiles[0], part), part, number)
+        PatchFates(_title(i, tiles[0], part, number), part, number)
         for i, (part, number) in enumerate(zip(states.split(n), group.split(n), strict=True))
     ]
 
 
-def _title(tile, tiles, states):
+def _title(tile, tiles, states, group):
     name = "" if tiles == 1 else "overview: " if tile == 0 else f"tile {tile}: "
-    return f"{name}{int((states == KEPT).sum())} of {int((states != ABSENT).sum())} patches kept"
+    n = int((states != ABSENT).sum())
+    if (states == MERGED).all():
+        return f"{len(group.unique())} tokens of {n} patches"
+    return f"{name}{int((states == KEPT).sum())} of {n} patches kept"
 
 
 def _selected(kept, place, n):
