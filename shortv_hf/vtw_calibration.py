@@ -39,7 +39,7 @@ def sample_inputs(processor: ProcessorMixin, n: int, images: list = (), prompt: 
     for seed in range(0 if pairs else n):
         rng = random.Random(seed)
         scene = shapes.make_scene(rng)
-        pairs.append((shapes.draw(scene, 336), shapes.questions(scene, rng, 1)[0].text))
+        pairs.append((shapes.draw(scene), shapes.questions(scene, rng, 1)[0].text))
     for image, question in pairs:
         content = [{"type": "image"}, {"type": "text", "text": question}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
