@@ -528,15 +528,24 @@ class TestOtherInputs:
         assert not step.attentions[3][0, :, 0, :-1][:, dropped].any()
         assert not output.logits[0, dropped].any() and output.logits[0, ~dropped].any(-1).all()
 
-    def test_gradients_flow(self):
-        for options in (DECODER[0], SELECTING[0], MERGING[1]):
+    @pytest.mark.parametrize("options", [DECODER[0], SELECTING[0], MERGING[1]], ids=name)
+    def test_gradients_flow_with_and_without_checkpointing(self, options):
+        gradients = []
+        for checkpointing in (False, True):
             model = reduced_model(options, [1]).train()
+            if checkpointing:
+                model.gradient_checkpointing_enable()
             inputs = make_inputs(model, ["ttItt", "tIt"])
             labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == IMAGE_TOKEN, -100)
             model(**inputs, labels=labels).loss.backward()
-            for name, parameter in model.named_parameters():
-                if "multi_modal_projector" in name or "language_model.layers.0.mlp" in name:
-                    assert parameter.grad.isfinite().all() and parameter.grad.any(), name
+            parts = {
+                part: parameter.grad
+                for part, parameter in model.named_parameters()
+                if "multi_modal_projector" in part or "language_model.layers.0.mlp" in part
+            }
+            assert all(gradient.isfinite().all() and gradient.any() for gradient in parts.values())
+            gradients.append(parts)
+        torch.testing.assert_close(*gradients)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     @METHOD
