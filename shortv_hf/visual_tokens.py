@@ -81,7 +81,7 @@ class TokenReduction:
     def _drop_marked(self, real):
         """Image features that the method left out: known before the first layer. Returns their mask `[B, S]`, or
         `None` if there are none."""
-        marked = is_dropped(self.inputs_embeds) & self.visual.mask.to(real.device)
+        marked = is_dropped(self.inputs_embeds)
         keep = real & ~marked
         *counts, n_marked = torch.cat([keep.sum(1), marked.sum()[None]]).tolist()
         if n_marked == 0:
@@ -165,7 +165,7 @@ class TokenReduction:
         queries = keys = self._slots(reduced, hidden_states.device)
         if cached is not None:
             cached.add_slots(*queries, self.past + self.length, reduced, reduced and self.valid is not None)
-            keys = (cached.slots, cached.places)
+            keys = tuple(part.to(hidden_states.device) for part in (cached.slots, cached.places))
         self._layer_keys[layer] = keys
         kwargs = dict(kwargs)
         kwargs["attention_mask"] = self._mask(attention, reduced, queries, keys, cached)

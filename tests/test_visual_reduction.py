@@ -17,7 +17,10 @@ from helpers import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reduction_reference import fastv_kept, hidden_tokens, prumerge, text_logits
+from test_generation import unless_stock_fails
 from transformers import DynamicCache
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shortv_hf.visual_cache import ReducedLayer
 from shortv_hf.visual_reduction import (
@@ -97,6 +100,28 @@ def text_of(model, inputs, logits, i=0):
     """The logits of row i's text tokens."""
     ids, mask = inputs["input_ids"][i], inputs["attention_mask"][i].bool()
     return logits[i][mask & (ids != IMAGE_TOKEN)]
+
+
+def attend_like_flash(module, query, key, value, attention_mask, scaling, dropout=0.0, position_ids=None, **kwargs):
+    n, total = query.shape[2], key.shape[2]
+    places = torch.arange(total)
+    allowed = (places <= places[total - n :, None])[None, None]
+    if attention_mask is not None:
+        allowed = allowed & attention_mask[:, None, None].bool()
+        allowed = allowed | ~allowed.any(-1, keepdim=True)  # padding that looks at nothing
+    elif position_ids is not None and n == total and len(position_ids) == 1:
+        sequence = (position_ids.diff(prepend=position_ids[:, :1]) != 1).cumsum(1)  # as flash-attention's packing
+        allowed = allowed & (sequence[:, None, :, None] == sequence[:, None, None])
+    key, value = (states.repeat_interleave(query.shape[1] // states.shape[1], 1) for states in (key, value))
+    output = torch.nn.functional.scaled_dot_product_attention(query, key, value, allowed, scale=scaling)
+    return output.transpose(1, 2), None
+
+
+@pytest.fixture(scope="module")
+def simulated_flash():
+    ALL_ATTENTION_FUNCTIONS.register("simulated_flash", attend_like_flash)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("simulated_flash", flash_attention_mask)
+    return "simulated_flash"
 
 
 def check_solo(model, inputs):
@@ -470,6 +495,22 @@ class TestOtherInputs:
                 logits.append(model(**chunk, past_key_values=cache).logits)
         close(torch.cat(logits, 1)[~visual_mask], output.logits[~visual_mask])
 
+    @pytest.mark.parametrize("options", [o for o in ALL if o["method"] != "fastv"], ids=name)
+    def test_chunked_prefill_of_generate(self, options):
+        model = reduced_model(options, [0, 2])
+        stock, inputs = make_stock(model), make_inputs(model, ["ttItttItt"])
+        unless_stock_fails(greedy(stock, inputs), lambda: greedy(stock, inputs, prefill_chunk_size=7))
+        assert torch.equal(greedy(model, inputs, prefill_chunk_size=7), greedy(model, inputs))
+
+    def test_visual_mask_of_something_else(self):
+        """It says what is frozen; what a method leaves out goes all the same."""
+        model = reduced_model({"method": "vtc_cls", "layer": 0, "token_num": 5}, [1])
+        inputs = make_inputs(model, ["ttItt"])
+        with torch.no_grad():
+            logits = model(**inputs, visual_mask=torch.zeros_like(inputs["input_ids"])).logits
+            model.set_shortv_layers([])
+            close(logits, model(**inputs).logits)
+
     def test_chunked_prefill_with_fastv_is_refused(self):
         model = reduced_model(DECODER[0])
         with pytest.raises(ValueError, match="prefill_chunk_size is 5"):
@@ -503,6 +544,34 @@ class TestOtherInputs:
             expected = model(**{**inputs, "attention_mask": two_d}).logits[0, 2:]
             for mask in masks:
                 close(model(**{**inputs, "attention_mask": mask}).logits[0, 2:], expected)
+
+    @METHOD
+    def test_attention_with_the_conventions_of_flash_attention(self, options, simulated_flash):
+        """Padding as a 2D mask, queries aligned with the last keys, packed sequences read off `position_ids`."""
+        model = reduced_model(options, [0, 2])
+        inputs = make_inputs(model, ROWS)
+        solo = solo_inputs(inputs, ROWS, 2)
+        with torch.no_grad():
+            expected = [model(**each).logits for each in (inputs, solo)], greedy(model, inputs)
+            model.set_attn_implementation({"text_config": simulated_flash})
+            actual = [model(**each).logits for each in (inputs, solo)], greedy(model, inputs)
+        for each, one, other in zip((inputs, solo), actual[0], expected[0], strict=True):
+            for i in range(len(each["input_ids"])):
+                close(text_of(model, each, one, i), text_of(model, each, other, i))
+        assert torch.equal(actual[1], expected[1])
+
+    @pytest.mark.parametrize(
+        ("text", "attn", "message"),
+        [
+            ("llama", "flex_attention", "does not work with attn_implementation='flex_attention'"),
+            ("mistral_sliding", "flash_attention_2", "sliding window needs attn_implementation sdpa or eager"),
+        ],
+    )
+    def test_attention_that_cannot_be_reduced(self, text, attn, message):
+        model = reduced_model({"method": "random", "token_num": 5}, text=text)
+        model.config.text_config._attn_implementation = attn
+        with pytest.raises(ValueError, match=message):
+            model(**make_inputs(model, ["ttItt"]))
 
     def test_outputs_keep_their_shapes(self):
         model = reduced_model({"method": "fastv", "k": 2, "ratio": 0.75}, [1], attn="eager")
