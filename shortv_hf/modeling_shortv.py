@@ -42,23 +42,52 @@ from .decoder_layer import (
     ShortVQwen2DecoderLayer,
 )
 from .freeze_plan import FreezePlan
+from .visual_cache import is_reduced
 from .visual_images import reduced_image_features
 from .visual_reduction import FastV, ImageReduction, ModelSizes, Reduction, parse_visual_reduction
-from .visual_tokens import ReductionTextModelMixin, VisualTokens, is_dropped
+from .visual_tokens import TokenReduction, VisualTokens, is_dropped
 
 
 logger = logging.get_logger(__name__)
 
 
-class ShortVTextModelMixin(ReductionTextModelMixin):
+class ShortVTextModelMixin:
     """Modifications: the decoder layers and their attention are the ShortV classes. The parent builds them, so the
-    parts and their initialisation are its own; a ShortV layer adds no parameter, only a forward."""
+    parts and their initialisation are its own; a ShortV layer adds no parameter, only a forward. `visual_tokens` says
+    which tokens a reduction method may drop; outputs have zeros in their place."""
 
     def __init__(self, config):
         super().__init__(config)
         for layer in self.layers:
             layer.__class__ = self.decoder_layer_class
             layer.self_attn.__class__ = self.attention_class
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        visual_tokens: VisualTokens | None = None,
+        **kwargs,
+    ):
+        reduction = None
+        if visual_tokens is not None or is_reduced(past_key_values):
+            if inputs_embeds is None:
+                input_ids, inputs_embeds = None, self.embed_tokens(input_ids)
+            reduction = TokenReduction(visual_tokens, inputs_embeds, attention_mask, position_ids, past_key_values)
+            inputs_embeds, position_ids = reduction.inputs_embeds, reduction.position_ids
+            kwargs["reduction"] = reduction
+        output = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return output if reduction is None else reduction.restore(output)
 
 
 class ShortVLlamaModel(ShortVTextModelMixin, LlamaModel):

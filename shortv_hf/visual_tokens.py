@@ -37,7 +37,7 @@ class VisualTokens:
 class TokenReduction:
     """One forward pass of the text model in which tokens are dropped, or whose cache lacks tokens dropped earlier.
 
-    The text model makes it, replaces its inputs by `inputs_embeds` and `position_ids`, and lets its layers `enter` it;
+    The text model (`modeling_shortv.py`) makes it, replaces its inputs by `inputs_embeds` and `position_ids`, and lets its layers `enter` it;
     afterwards it `restore`s the outputs. FastV's choice is made on the way, by `choose` in layer `first_layer - 1`.
     """
 
@@ -343,33 +343,3 @@ class ReductionDecoderLayerMixin:
         if reduction.chooses_after(self.self_attn.layer_idx):
             kwargs["reduction"] = reduction
         return super().forward(hidden_states, freeze_plan=freeze_plan, **kwargs)
-
-
-class ReductionTextModelMixin:
-    """Modifications: `visual_tokens` says which tokens a method may drop; outputs have zeros in their place."""
-
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        visual_tokens: VisualTokens | None = None,
-        **kwargs,
-    ):
-        if visual_tokens is not None or is_reduced(past_key_values):
-            if inputs_embeds is None:
-                input_ids, inputs_embeds = None, self.embed_tokens(input_ids)
-            reduction = TokenReduction(visual_tokens, inputs_embeds, attention_mask, position_ids, past_key_values)
-            inputs_embeds, position_ids = reduction.inputs_embeds, reduction.position_ids
-            kwargs["reduction"] = reduction
-        output = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        return reduction.restore(output) if "reduction" in kwargs else output

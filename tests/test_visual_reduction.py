@@ -368,25 +368,24 @@ class TestCaches:
         with pytest.raises(ValueError, match="DynamicCache"):
             greedy(model, make_inputs(model, ["tIItIIt"]), cache_implementation="static")
 
-    def test_switching_between_turns(self):
-        """Layers whose caches lack different tokens do not share a mask."""
+    @pytest.mark.parametrize("second", [{"method": "vtw", "k": 1}, None], ids=str)
+    def test_switching_between_turns(self, second):
+        """Layers whose caches lack different tokens share neither a mask nor a plan."""
         model = reduced_model({"method": "vtw", "k": 2}, [1, 2, 3])
         whole = make_inputs(model, ["tIttttItt"])
         first = make_inputs(model, ["tItt"])["input_ids"].shape[1]
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(
-                input_ids=whole["input_ids"][:, :first],
-                pixel_values=whole["pixel_values"][:1],
-                past_key_values=cache,
-            )
-            model.set_visual_reduction({"method": "vtw", "k": 1})
-            chunk = {"input_ids": whole["input_ids"][:, first:], "pixel_values": whole["pixel_values"][1:]}
-            logits = model(**chunk, past_key_values=cache).logits[0, -1]
-            stock, visual = reference_of(model), whole["input_ids"] == IMAGE_TOKEN
-            expected = two_turns(stock, whole, visual, first)
+            turn = {"input_ids": whole["input_ids"][:, :first], "pixel_values": whole["pixel_values"][:1]}
+            model(**turn, past_key_values=cache)
+            model.set_visual_reduction(second)
+            turn = {"input_ids": whole["input_ids"][:, first:], "pixel_values": whole["pixel_values"][1:]}
+            logits = model(**turn, past_key_values=cache).logits[0, -1]
+            k = N_LAYERS if second is None else second["k"]
+            expected = two_turns(reference_of(model), whole, whole["input_ids"] == IMAGE_TOKEN, first, 2, k)
         close(logits, expected)
-        assert [layer.keys.shape[-2] for layer in cache.layers] == [39, 39 - 16, 39 - 32, 39 - 32]
+        lacking = [16 * (i >= 2) + 16 * (i >= k) for i in range(N_LAYERS)]
+        assert cache_lengths(cache) == [39 - n for n in lacking]
 
     def test_off_on_a_reduced_cache(self):
         model = reduced_model({"method": "vtw", "k": 1}, [1, 3])
@@ -430,12 +429,12 @@ class TestCaches:
         assert torch.equal(cache.layers[2].slots, slots)
 
 
-def two_turns(stock, whole, visual, first):
-    """Last logits of two VTW turns, k = 2 and then 1, by masks: a turn's own queries see its tokens before its k."""
+def two_turns(stock, whole, visual, first, k_first, k_second):
+    """Last logits of two VTW turns by masks: the tokens of each turn's image are hidden from its k on."""
     turns = torch.arange(visual.shape[1]) >= first
     hooks = []
     for i, layer in enumerate(stock.model.language_model.layers):
-        gone = visual[0] & torch.where(turns, i >= 1, i >= 2)
+        gone = visual[0] & torch.where(turns, i >= k_second, i >= k_first)
 
         def hide(module, args, kwargs, gone=gone):
             mask = kwargs["attention_mask"]
