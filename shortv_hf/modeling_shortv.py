@@ -166,7 +166,8 @@ class ShortVModelMixin(ShortVSettingsMixin):
 
         visual_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*):
             True at the positions that hold image features. Needed with `inputs_embeds` that already contain them;
-            otherwise the positions of the image token are used. If given, it decides what is frozen.
+            otherwise the positions of the image token are used. If given, it decides what is frozen, and what FastV and
+            VTW may drop.
         skip_padding (`bool`, *optional*, defaults to `False`):
             Freeze padding as well, which changes no other token. `generate` asks for it: a batch of rows with and
             without images, or with images of different length, is mostly padding.
@@ -217,11 +218,11 @@ class ShortVModelMixin(ShortVSettingsMixin):
         leaves out marked (`visual_images.py`). The lists keep their lengths, those of the image tokens in a prompt."""
         reduction = self._active_reduction()
         if not isinstance(reduction, ImageReduction):
-            return get_features()
+            return get_features() if return_dict is None else get_features(return_dict=return_dict)
         outputs = []
 
         def features():
-            outputs.append(get_features())
+            outputs.append(get_features() if return_dict is None else get_features(return_dict=True))
             return getattr(outputs[0], "pooler_output", outputs[0])  # 5.x: an output object, 4.x: the list
 
         marked = reduced_image_features(self, reduction, features, image_sizes)

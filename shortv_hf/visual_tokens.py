@@ -336,7 +336,7 @@ class ReductionAttentionMixin:
 class ReductionDecoderLayerMixin:
     """Modifications: given a reduction, the layer sees the tokens that are left."""
 
-    def forward(self, hidden_states, reduction: TokenReduction | None = None, freeze_plan=None, **kwargs):
+    def forward(self, hidden_states, freeze_plan=None, reduction: TokenReduction | None = None, **kwargs):
         if reduction is None:
             return super().forward(hidden_states, freeze_plan=freeze_plan, **kwargs)
         hidden_states, freeze_plan, kwargs = reduction.enter(self.self_attn, hidden_states, freeze_plan, kwargs)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from helpers import (
     FAMILIES,
     IMAGE_TOKEN,
@@ -631,6 +632,19 @@ class TestOtherInputs:
         with torch.no_grad():
             output = model(**make_inputs(model, ["ttItIt"]))
         assert output.image_hidden_states.shape == (10, 32) and output.image_hidden_states.isfinite().all()
+
+    @pytest.mark.skipif(transformers.__version__ < "5", reason="4.x has no such argument")
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_image_features_as_a_tuple(self, family):
+        model = reduced_model(None, family=family)
+        images, stock = make_images(model.config, 1), make_stock(model)
+        with torch.no_grad():
+            expected = stock.model.get_image_features(**images, return_dict=False)
+            actual = model.model.get_image_features(**images, return_dict=False)
+            torch.testing.assert_close(actual, expected)
+            model.set_visual_reduction({"method": "random", "token_num": 5})
+            reduced = model.model.get_image_features(**images, return_dict=False)
+        assert type(reduced) is type(expected) is tuple and len(reduced) == len(expected)
 
     def test_newlines_of_llava_next_stay(self):
         model = reduced_model({"method": "vtc_cls", "layer": 0, "token_num": 2}, family="llava_next")
