@@ -1,6 +1,11 @@
-"""Copy the part of the full golden data that the test suite carries: `python scripts/trim_goldens.py FULL_DIR`.
+"""Copy the part of the full golden data that the test suite carries.
 
-The full set is run with `SHORTV_GOLDENS=FULL_DIR pytest tests/test_goldens.py`.
+    python scripts/trim_goldens.py shortv FULL_DIR        # run in full: SHORTV_GOLDENS=FULL_DIR pytest tests/test_goldens.py
+    python scripts/trim_goldens.py reductions FULL_DIR    # SHORTV_REDUCTION_GOLDENS=FULL_DIR pytest tests/test_reduction_goldens.py
+
+For the reductions FULL_DIR holds `fastv_vtw` and `vtc_cls_prumerge`. Their three models are too large to carry, so the
+small set tests what the methods choose and compute, not the logits that follow: FastV's scores and kept tokens from the
+first two decoder layers, VTC-CLS's with the whole vision tower, PruMerge's tokens from the input of CLIP's last layer.
 """
 
 import json
@@ -8,7 +13,9 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
+from transformers import LlavaForConditionalGeneration
 
 
 INPUTS = {"input_ids", "attention_mask", "pixel_values", "image_sizes", "visual_mask"}
@@ -26,7 +33,14 @@ CASES = {  # variant: case file → expected tensors kept beside the logits, as 
 }
 
 
-def main(source: Path, target: Path):
+FASTV = (  # their scores need no more than two layers
+    "P1__K1_R0.5", "P1__K2_R0.25", "P1__K2_R0.5", "P1__K2_R0.75", "P2__K2_R0.5", "P3__K2_R0.5", "B2b__K2_R0.5",
+)  # fmt: skip
+VTC_CLS = ("a_vtc_l0_t9", "a_vtc_lm2_t12", "a_vtc_l0_t2")
+PRUMERGE = ("b_prumerge_i11", "b_prumerge_plus_i11", "b_prumerge_plus_i17")
+
+
+def trim_shortv(source: Path, target: Path):
     for variant, cases in CASES.items():
         folder = target / variant
         (folder / "cases").mkdir(parents=True, exist_ok=True)
@@ -56,5 +70,61 @@ def main(source: Path, target: Path):
         (folder / "manifest.json").write_text(json.dumps(slim, indent=1) + "\n")
 
 
+@torch.no_grad()
+def trim_reductions(source: Path, target: Path):
+    target.mkdir(parents=True, exist_ok=True)
+    folder = source / "fastv_vtw"
+    model = LlavaForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32)
+    layers = model.model.language_model.layers[:2].state_dict()
+    save_file({**layers}, target / "fastv_layers.safetensors")
+    cases, inputs = {}, {}
+    for name in FASTV:
+        tensors = load_file(folder / "cases" / f"fastv_hf_cache__{name}.safetensors")
+        prompt = name.split("__")[0]
+        visual = tensors["input_ids"] == model.config.image_token_id
+        output = model(**{key: tensors[key] for key in ("input_ids", "attention_mask", "pixel_values")})
+        embeds = model.get_input_embeddings()(tensors["input_ids"])
+        embeds[visual] = output.image_hidden_states.flatten(0, -2)
+        inputs[f"{prompt}/inputs_embeds"], inputs[f"{prompt}/visual_mask"] = embeds, visual
+        cases[f"{name}/kept_visual"] = tensors["expected.kept_visual"]
+        cases[f"{name}/scores"] = tensors["expected.scores"]
+    save_file({**inputs, **cases}, target / "fastv_cases.safetensors")
+
+    folder = source / "vtc_cls_prumerge"
+    model = LlavaForConditionalGeneration.from_pretrained(folder / "model_a_36p4l", dtype=torch.float32)
+    vision = {f"vision_tower.{name}": value for name, value in model.model.vision_tower.state_dict().items()}
+    projector = model.model.multi_modal_projector.state_dict()
+    vision |= {f"multi_modal_projector.{name}": value for name, value in projector.items()}
+    vision.pop("vision_tower.vision_model.embeddings.position_ids", None)
+    save_file(vision, target / "vtc_cls_vision.safetensors")
+    cases = {}
+    for name in VTC_CLS:
+        tensors = load_file(folder / "cases" / f"{name}.safetensors")
+        for key in ("pixel_values", "expected.cls_scores", "expected.keep_indices", "expected.projected"):
+            cases[f"{name}/{key.removeprefix('expected.')}"] = tensors[key]
+    save_file(cases, target / "vtc_cls_cases.safetensors")
+
+    model = LlavaForConditionalGeneration.from_pretrained(folder / "model_b_576p24l", dtype=torch.float32)
+    tower = model.model.vision_tower
+    layer = getattr(tower, "vision_model", tower).encoder.layers[-1]
+    tensors = {
+        name: value for name, value in layer.state_dict().items() if name.startswith(("self_attn", "layer_norm1"))
+    }
+    tensors = {name: value for name, value in tensors.items() if "v_proj" not in name and "out_proj" not in name}
+    for name in PRUMERGE:
+        case = load_file(folder / "cases" / f"{name}.safetensors")
+        image = name.split("_")[-1]
+        tensors[f"{image}/states"] = tower(case["pixel_values"], output_hidden_states=True).hidden_states[-2]
+        for key in ("expected.cls_scores", "expected.keep_indices", "expected.features"):
+            if key in case:  # no scores in some
+                tensors[f"{name}/{key.removeprefix('expected.')}"] = case[key]
+    save_file({name: value.contiguous() for name, value in tensors.items()}, target / "prumerge.safetensors")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(__file__).parent.parent / "tests" / "goldens" / "shortv")
+    kind, source = sys.argv[1:]
+    goldens = Path(__file__).parent.parent / "tests" / "goldens"
+    if kind == "shortv":
+        trim_shortv(Path(source), goldens / "shortv")
+    else:
+        trim_reductions(Path(source), goldens / "reductions")

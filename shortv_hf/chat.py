@@ -42,7 +42,7 @@ def model_classes(model: str, **hub_kwargs) -> tuple[type[PretrainedConfig], typ
     raise ValueError(f"{model} has model_type {model_type!r}; ShortV supports LLaVA-1.5 and LLaVA-NeXT")
 
 
-def load(model: str, layers: list[int] | None = None, device: str = "cpu", dtype: str = "auto"):
+def load(model: str, layers: list[int] | None = None, device: str = "cpu", dtype: str = "auto", **config_fields):
     """Model and processor, ready to answer.
 
     Args:
@@ -50,6 +50,7 @@ def load(model: str, layers: list[int] | None = None, device: str = "cpu", dtype
         layers: frozen layers instead of the config's.
         device: a torch device, or "auto" to spread the model over what there is.
         dtype: name of a torch dtype, or "auto" for the checkpoint's.
+        config_fields: other fields instead of the config's, such as `visual_reduction`.
 
     Raises:
         ValueError, OSError: as `from_pretrained`, and for an unknown dtype or device.
@@ -63,8 +64,9 @@ def load(model: str, layers: list[int] | None = None, device: str = "cpu", dtype
             raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
     _, model_class = model_classes(model)
     processor = AutoProcessor.from_pretrained(model)  # before the weights: it is what a directory may lack
-    options = {} if layers is None else {"shortv_layers": layers}
-    loaded = model_class.from_pretrained(model, dtype=dtype, device_map=device, **options)
+    if layers is not None:
+        config_fields["shortv_layers"] = layers
+    loaded = model_class.from_pretrained(model, dtype=dtype, device_map=device, **config_fields)
     return loaded.eval(), processor
 
 
@@ -103,6 +105,17 @@ def frozen_layers(model: PreTrainedModel, layers: list[int]) -> Iterator[PreTrai
         yield model
     finally:
         model.set_shortv_layers(before)
+
+
+@contextmanager
+def token_reduction(model: PreTrainedModel, options: dict | None) -> Iterator[PreTrainedModel]:
+    """The model with another `visual_reduction`, for a while."""
+    before = model.config.visual_reduction
+    model.set_visual_reduction(options)
+    try:
+        yield model
+    finally:
+        model.set_visual_reduction(before)
 
 
 class _Stream(BaseStreamer):
@@ -240,26 +253,28 @@ def count_prefill_flops(model: PreTrainedModel, processor: ProcessorMixin, promp
 def compare(
     model: PreTrainedModel, processor: ProcessorMixin, prompt: str, images: list, max_new_tokens: int, repeats: int = 3
 ) -> dict:
-    """The same question to the dense model and to ShortV: answers, median time to first token, counted FLOPs.
+    """The same question to the dense model and to the model as it is set (ShortV layers, token reduction): answers, median
+    time to first token, counted FLOPs.
 
     The two are asked in turn, `repeats` times each after one round that warms up.
     """
-    variants = {"dense": [], "shortv": list(model.config.shortv_layers)}
+    variants = {"dense": ([], None), "shortv": (list(model.config.shortv_layers), model.config.visual_reduction)}
     answers = {name: [] for name in variants}
     for _ in range(repeats + 1):
-        for name, layers in variants.items():
-            with frozen_layers(model, layers):
+        for name, (layers, reduction) in variants.items():
+            with frozen_layers(model, layers), token_reduction(model, reduction):
                 answers[name].append(Conversation(model, processor, max_new_tokens).ask(prompt, images))
     result = {}
-    for name, layers in variants.items():
+    for name, (layers, reduction) in variants.items():
         times = sorted(answer.time_to_first_token for answer in answers[name][1:])
-        with frozen_layers(model, layers):
+        with frozen_layers(model, layers), token_reduction(model, reduction):
             flops = count_prefill_flops(model, processor, prompt, images)
         result[name] = {
             "answer": answers[name][-1].text,
             "time_to_first_token_s": times[len(times) // 2],
             "prefill_flops": flops,
             "shortv_layers": layers,
+            "visual_reduction": reduction,
         }
     last = answers["shortv"][-1]
     result["prompt_tokens"], result["visual_tokens"] = last.prompt_tokens, last.visual_tokens

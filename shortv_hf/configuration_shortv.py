@@ -4,7 +4,8 @@
     Decoder layers that freeze visual tokens. A set for the forward pass; the order records the ranking (the most
     ineffective layer first). `[]` is the dense model.
 `visual_reduction` (`dict`, *optional*)
-    A visual-token reduction method to combine with. `None` turns it off.
+    A visual-token reduction method to combine with, e.g. `{"method": "fastv", "k": 2, "ratio": 0.5}`; the methods and
+    their options are in `visual_reduction.py`. `None` turns it off.
 `base_model_name_or_path` (`str`, *optional*)
     The original checkpoint (Hub id or local directory) whose weights this repo references. `None` when the repo holds
     its own weights.
@@ -16,8 +17,10 @@ import os
 from collections.abc import Iterable
 from numbers import Integral
 
-from transformers import LlavaConfig, LlavaNextConfig
+from transformers import LlavaConfig, LlavaNextConfig, PretrainedConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
+
+from .visual_reduction import ModelSizes, parse_visual_reduction
 
 
 SHORTV_FIELDS = ("shortv_layers", "visual_reduction", "base_model_name_or_path", "base_model_revision")
@@ -44,11 +47,16 @@ def validate_shortv_layers(shortv_layers: Iterable[int], num_hidden_layers: int)
     return layers
 
 
-def validate_visual_reduction(visual_reduction: dict | None) -> dict | None:
-    """Return `visual_reduction`, or raise `ValueError`: this version has no reduction method, so only `None` is valid."""
-    if visual_reduction is not None:
-        raise ValueError(f"visual_reduction is {visual_reduction!r}; this version of shortv_hf supports only None")
-    return None
+def validate_visual_reduction(visual_reduction: dict | None, config: PretrainedConfig) -> dict | None:
+    """Return a copy of `visual_reduction`.
+
+    Raises:
+        ValueError: for an unknown method or option, or a value out of range for the model of this `config`.
+    """
+    if visual_reduction is None:
+        return None
+    parse_visual_reduction(visual_reduction, ModelSizes.of(config))
+    return dict(visual_reduction)
 
 
 def local_path_or_id(name: str | os.PathLike) -> str:
@@ -83,7 +91,7 @@ class ShortVConfigMixin:
         """Check the ShortV fields against the text model. Raises `ValueError` that names the bad value."""
         layers = [] if self.shortv_layers is None else self.shortv_layers
         self.shortv_layers = validate_shortv_layers(layers, self.text_config.num_hidden_layers)
-        self.visual_reduction = validate_visual_reduction(self.visual_reduction)
+        self.visual_reduction = validate_visual_reduction(self.visual_reduction, self)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):

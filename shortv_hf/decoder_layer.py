@@ -9,7 +9,8 @@ In a frozen layer
 The cost falls from `2(t+v)(4h+3m)h + 4(t+v)²h` FLOPs (Eq. 3) to `2t(4h+3m)h + 4vh² + 4t(t+v)h` (Eq. 4).
 
 Which tokens are text is in a [`FreezePlan`], which the model builds once per forward pass and hands to its layers. A
-layer without a plan (a dense layer, a text-only prompt, every decoding step) is the parent class's forward.
+layer without a plan (a dense layer, a text-only prompt, every decoding step) is the parent class's forward. The
+`Reduction…Mixin`s, which drop tokens between layers, are another matter: `visual_tokens.py`.
 """
 
 import torch
@@ -25,6 +26,7 @@ from transformers.models.mistral.modeling_mistral import MistralAttention, Mistr
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
 
 from .freeze_plan import FreezePlan
+from .visual_tokens import ReductionAttentionMixin, ReductionDecoderLayerMixin
 
 
 class ShortVAttentionMixin:
@@ -110,19 +112,19 @@ def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> 
     return states * cos + rotate_half(states) * sin
 
 
-class ShortVLlamaAttention(ShortVAttentionMixin, LlamaAttention): ...
+class ShortVLlamaAttention(ReductionAttentionMixin, ShortVAttentionMixin, LlamaAttention): ...
 
 
-class ShortVMistralAttention(ShortVAttentionMixin, MistralAttention): ...
+class ShortVMistralAttention(ReductionAttentionMixin, ShortVAttentionMixin, MistralAttention): ...
 
 
-class ShortVQwen2Attention(ShortVAttentionMixin, Qwen2Attention): ...
+class ShortVQwen2Attention(ReductionAttentionMixin, ShortVAttentionMixin, Qwen2Attention): ...
 
 
-class ShortVLlamaDecoderLayer(ShortVDecoderLayerMixin, LlamaDecoderLayer): ...
+class ShortVLlamaDecoderLayer(ReductionDecoderLayerMixin, ShortVDecoderLayerMixin, LlamaDecoderLayer): ...
 
 
-class ShortVMistralDecoderLayer(ShortVDecoderLayerMixin, MistralDecoderLayer): ...
+class ShortVMistralDecoderLayer(ReductionDecoderLayerMixin, ShortVDecoderLayerMixin, MistralDecoderLayer): ...
 
 
-class ShortVQwen2DecoderLayer(ShortVDecoderLayerMixin, Qwen2DecoderLayer): ...
+class ShortVQwen2DecoderLayer(ReductionDecoderLayerMixin, ShortVDecoderLayerMixin, Qwen2DecoderLayer): ...

@@ -1,13 +1,25 @@
-"""FLOPs of the language model's prefill, by the paper's equations (Section 3.2, Eq. 3-5).
+"""FLOPs of the language model's prefill, by the paper's equations (Section 3.2, Eq. 3-5), with token reduction too.
 
 As in the paper: attention blocks and FFNs of the decoder layers; a multiplication and an addition count as two; the
 attention matrix is counted in full, causal or not; embeddings, norms, head and vision tower are left out.
 
 The paper writes the attention projections as 4h² per token. Here they follow the text config: with grouped-query
 attention, K and V are smaller. For the paper's models (no grouping) the two are the same.
+
+A reduction method changes v: from layer k on to what FastV or VTW keep, in all layers to what methods before the language
+model keep; ShortV layers freeze what is left. FastV's own cost, one row of attention, is left out: at most 4(t+v)h + 2h².
 """
 
 from dataclasses import dataclass
+
+from .visual_reduction import (
+    DecoderReduction,
+    Downsample,
+    ImageReduction,
+    ModelSizes,
+    SelectingReduction,
+    parse_visual_reduction,
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,41 @@ def layer_flops(t: int, v: int, config=None, *, frozen: bool = False, h: int | N
     return query_and_output + key_and_value + attention + ffn
 
 
+def kept_visual_tokens(v: int, visual_reduction: dict | None, config=None, *, kept: int | None = None) -> int:
+    """How many of `v` visual tokens a method leaves.
+
+    PruMerge and PruMerge+ keep as many as an image asks for, and in LLaVA-NeXT the tokens of an image depend on its
+    shape: there the caller says how many are `kept`.
+
+    Raises:
+        ValueError: for a bad method or option, if `kept` is needed and missing, or if it is not in 0..v.
+    """
+    reduction = _parse(visual_reduction, v, config)
+    if kept is not None:
+        if not 0 <= kept <= v:
+            raise ValueError(f"kept is {kept}; of {v} visual tokens, the valid range is 0 to {v}")
+        return kept
+    if reduction is None:
+        return v
+    if isinstance(reduction, DecoderReduction):
+        return reduction.count(v)
+    patches = ModelSizes.of(config).patches if hasattr(config, "vision_config") else v
+    if isinstance(reduction, Downsample):
+        return v // reduction.factor**2
+    if not isinstance(reduction, SelectingReduction) or v % patches:
+        raise ValueError(f"how many of {v} visual tokens {reduction.method} keeps depends on the image: pass kept")
+    return reduction.token_num * (v // patches)
+
+
+def _parse(visual_reduction, v, config, L=None):
+    if visual_reduction is None:
+        return None
+    if hasattr(config, "vision_config"):
+        return parse_visual_reduction(visual_reduction, ModelSizes.of(config))
+    L = L or (10**6 if config is None else config.get_text_config().num_hidden_layers)
+    return parse_visual_reduction(visual_reduction, ModelSizes(L, 24, "clip_vision_model", v, False, False))
+
+
 def prefill_flops(
     t: int,
     v: int,
@@ -64,27 +111,58 @@ def prefill_flops(
     h: int | None = None,
     m: int | None = None,
     L: int | None = None,
+    shortv_layers: list[int] | None = None,
+    visual_reduction: dict | None = None,
+    kept: int | None = None,
 ):
-    """FLOPs of the whole prefill, N of the L layers being ShortV layers (numerator of Eq. 5).
+    """FLOPs of the whole prefill with ShortV layers and token reduction (numerator of Eq. 5).
 
-    N is that of a ShortV config unless given, and 0 where there is none; L comes from the config unless given.
-    Raises `ValueError` if N is not in 0..L.
+    Args:
+        t, v: text and visual tokens before any reduction.
+        config: a ShortV, LLaVA or text config. Its `shortv_layers` and `visual_reduction` count unless one of `N`,
+            `shortv_layers` and `visual_reduction` is given.
+        N: number of ShortV layers, where it does not matter which.
+        h, m, L: hidden size, FFN size and number of layers instead of the config's.
+        shortv_layers, visual_reduction: instead of the config's.
+        kept: visual tokens that a method leaves, where its options do not say ([`kept_visual_tokens`]).
+
+    Raises:
+        ValueError: if N is not in 0..L, if a method drops tokens in the middle of the stack and N does not say which
+            layers are frozen, or for bad options.
     """
     if L is None:
         if config is None:
             raise ValueError("pass a config, or L with h and m")
         L = config.get_text_config().num_hidden_layers
-    if N is None:
-        N = len(getattr(config, "shortv_layers", ()))
+    if N is None and shortv_layers is None and visual_reduction is None:
+        shortv_layers = getattr(config, "shortv_layers", ())
+        visual_reduction = getattr(config, "visual_reduction", None)
+    if N is not None and shortv_layers is not None:
+        raise ValueError("pass N or shortv_layers, not both")
+    N = len(shortv_layers or ()) if N is None else N
     if not 0 <= N <= L:
         raise ValueError(f"N is {N}; the model has {L} layers, so the valid range is 0 to {L}")
-    dense = layer_flops(t, v, config, h=h, m=m)
-    return (L - N) * dense + N * layer_flops(t, v, config, frozen=True, h=h, m=m)
+    reduction = _parse(visual_reduction, v, config, L)
+    first = 0  # the first layer that sees fewer tokens
+    if reduction is not None and not isinstance(reduction, ImageReduction):
+        first = reduction.k
+        if shortv_layers is None and N:
+            raise ValueError(
+                f"{reduction.method} drops tokens at layer {first}: pass shortv_layers instead of N = {N}"
+            )
+    left = kept_visual_tokens(v, visual_reduction, config, kept=kept)
+    frozen_before = sum(layer < first for layer in shortv_layers or ())
+
+    def flops(count, visual, frozen):
+        return count * layer_flops(t, visual, config, frozen=frozen, h=h, m=m) if count else 0
+
+    before = flops(first - frozen_before, v, False) + flops(frozen_before, v, True)
+    return before + flops(L - first - N + frozen_before, left, False) + flops(N - frozen_before, left, True)
 
 
-def flops_ratio(t: int, v: int, config=None, *, N: int | None = None, h=None, m=None, L=None) -> float:
-    """FLOPs of ShortV over those of the dense model (Eq. 5), between 0 and 1. N as in [`prefill_flops`]."""
-    sparse = prefill_flops(t, v, config, N=N, h=h, m=m, L=L)
+def flops_ratio(t: int, v: int, config=None, *, h=None, m=None, L=None, **reduced) -> float:
+    """FLOPs over those of the dense model (Eq. 5), between 0 and 1. Arguments as in [`prefill_flops`]."""
+    sparse = prefill_flops(t, v, config, h=h, m=m, L=L, **reduced)
     return sparse / prefill_flops(t, v, config, N=0, h=h, m=m, L=L)
 
 

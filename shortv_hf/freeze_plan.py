@@ -110,7 +110,7 @@ class FreezePlan:
         Returns:
             A bool mask, or an additive one for `eager` and for a custom additive mask.
         """
-        window = _sliding_window(attention)
+        window = sliding_window(attention)
         shared_key = ("mask", window, key.device)
         if shared_key not in self._shared:
             mask = self._build_text_mask(attention, attention_mask, key, past_key_values, position_ids, window)
@@ -153,7 +153,7 @@ class FreezePlan:
         return rows
 
 
-def _sliding_window(attention) -> int | None:
+def sliding_window(attention) -> int | None:
     """The attention window of a layer: Qwen2 keeps it on the module, Mistral in the config, Llama has none."""
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window

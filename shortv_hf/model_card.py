@@ -119,6 +119,8 @@ def reference_card(
         weights = f"The weights are an unchanged copy of those of {where}{commit}."
     else:
         weights = f"This repo holds no weights. They are read from {where}{commit}."
+    if config.visual_reduction is not None:
+        weights += f" Visual tokens are also reduced: `visual_reduction = {config.visual_reduction}`."
     license_note = f"; the weights are under the license of the base checkpoint (`{license}`)" if license else ""
     sections = [
         f"# {title} with visual tokens frozen in {n_frozen} of {n_layers} layers (ShortV)",

@@ -1,9 +1,12 @@
 """ShortV models: Hugging Face LLaVA-1.5 and LLaVA-NeXT with visual tokens frozen in the layers of `config.shortv_layers`.
 
 Reading order: `decoder_layer.py` (the idea), `freeze_plan.py` (which tokens), then this file (where the plan is made).
+Token reduction (`config.visual_reduction`): `visual_reduction.py` (the methods), `visual_tokens.py` (tokens leave the
+decoder), `visual_images.py` (features are cut before it).
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -17,6 +20,7 @@ from transformers import (
     MistralModel,
     Qwen2Model,
 )
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
 from transformers.processing_utils import Unpack
@@ -38,6 +42,10 @@ from .decoder_layer import (
     ShortVQwen2DecoderLayer,
 )
 from .freeze_plan import FreezePlan
+from .visual_cache import is_reduced
+from .visual_images import reduced_image_features
+from .visual_reduction import FastV, ImageReduction, ModelSizes, Reduction, parse_visual_reduction
+from .visual_tokens import TokenReduction, VisualTokens, is_dropped
 
 
 logger = logging.get_logger(__name__)
@@ -45,13 +53,41 @@ logger = logging.get_logger(__name__)
 
 class ShortVTextModelMixin:
     """Modifications: the decoder layers and their attention are the ShortV classes. The parent builds them, so the
-    parts and their initialisation are its own; a ShortV layer adds no parameter, only a forward."""
+    parts and their initialisation are its own; a ShortV layer adds no parameter, only a forward. `visual_tokens` says
+    which tokens a reduction method may drop; outputs have zeros in their place."""
 
     def __init__(self, config):
         super().__init__(config)
         for layer in self.layers:
             layer.__class__ = self.decoder_layer_class
             layer.self_attn.__class__ = self.attention_class
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        visual_tokens: VisualTokens | None = None,
+        **kwargs,
+    ):
+        reduction = None
+        if visual_tokens is not None or is_reduced(past_key_values):
+            if inputs_embeds is None:
+                input_ids, inputs_embeds = None, self.embed_tokens(input_ids)
+            reduction = TokenReduction(visual_tokens, inputs_embeds, attention_mask, position_ids, past_key_values)
+            inputs_embeds, position_ids = reduction.inputs_embeds, reduction.position_ids
+            kwargs["reduction"] = reduction
+        output = super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return output if reduction is None else reduction.restore(output)
 
 
 class ShortVLlamaModel(ShortVTextModelMixin, LlamaModel):
@@ -97,15 +133,21 @@ class ShortVSettingsMixin:
         self.config.shortv_layers = validate_shortv_layers(shortv_layers, n_layers)
 
     def set_visual_reduction(self, visual_reduction: dict | None):
-        """Switch the visual-token reduction method; `None` turns it off. Raises `ValueError` for an unknown one."""
-        self.config.visual_reduction = validate_visual_reduction(visual_reduction)
+        """Switch the visual-token reduction method; `None` turns it off. No weight changes.
+
+        Raises:
+            ValueError: for an unknown method or option, or a value out of its range.
+        """
+        self.config.visual_reduction = validate_visual_reduction(visual_reduction, self.config)
 
 
 class ShortVModelMixin(ShortVSettingsMixin):
-    """Modifications: `forward` finds the visual tokens and hands the text model a [`FreezePlan`].
+    """Modifications: `forward` finds the visual tokens and hands the text model a [`FreezePlan`] or, if a method reduces
+    them, [`VisualTokens`].
 
     With frozen layers, `hidden_states` of visual tokens repeat through a frozen layer, and the `attentions` that `eager`
-    returns, `[batch, heads, sequence, keys]` as upstream's, hold zeros in their rows.
+    returns, `[batch, heads, sequence, keys]` as upstream's, hold zeros in their rows. Where a reduction method dropped a
+    token, outputs keep their shapes and hold zeros: hidden states, attentions to and from it, and so its logits.
     """
 
     def forward(
@@ -124,28 +166,71 @@ class ShortVModelMixin(ShortVSettingsMixin):
 
         visual_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*):
             True at the positions that hold image features. Needed with `inputs_embeds` that already contain them;
-            otherwise the positions of the image token are used. If given, it decides what is frozen.
+            otherwise the positions of the image token are used. If given, it decides what is frozen, and what FastV and
+            VTW may drop.
         skip_padding (`bool`, *optional*, defaults to `False`):
             Freeze padding as well, which changes no other token. `generate` asks for it: a batch of rows with and
             without images, or with images of different length, is mostly padding.
 
         Raises:
-            ValueError: if image tokens and image features do not match in number, or `visual_mask` does not fit.
+            ValueError: if image tokens and image features do not match in number, `visual_mask` does not fit, or
+                `visual_reduction` cannot work on such inputs.
         """
-        plan = None
-        if self.config.shortv_layers:
+        if self.config.shortv_layers or self.config.visual_reduction is not None:
             features = pixel_values is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None
             visual_mask = self._get_visual_mask(input_ids, inputs_embeds, features, past_key_values, visual_mask)
-            if visual_mask is not None:
+            reduction = None if visual_mask is None else self._active_reduction()
+            if reduction is not None:
+                if isinstance(reduction, ImageReduction) and not features and visual_mask.any():
+                    raise ValueError(
+                        f"{reduction.method} reduces images, and `inputs_embeds` hold their features already; pass "
+                        "`pixel_values`, or set visual_reduction to None"
+                    )
+                self.config.validate_shortv()  # the list can have been assigned since
+                tokens = VisualTokens(visual_mask, reduction, self.config.shortv_layers, skip_padding)
+                kwargs = {**kwargs, "visual_tokens": tokens}
+            elif visual_mask is not None and self.config.shortv_layers:
                 plan = self._build_plan(visual_mask, attention_mask if skip_padding else None, pixel_values, kwargs)
-        return super().forward(
+                kwargs = kwargs if plan is None else {**kwargs, "freeze_plan": plan}
+        output = super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            **(kwargs if plan is None else {**kwargs, "freeze_plan": plan}),
+            **kwargs,
         )
+        if "visual_tokens" in kwargs and getattr(output, "image_hidden_states", None) is not None:
+            features = output.image_hidden_states
+            output.image_hidden_states = features[~is_dropped(features)]
+        return output
+
+    def _active_reduction(self) -> Reduction | None:
+        """The options of `config.visual_reduction`, or `None` if it changes nothing: the dense code runs then."""
+        if self.config.visual_reduction is None:
+            return None
+        sizes = ModelSizes.of(self.config)
+        reduction = parse_visual_reduction(self.config.visual_reduction, sizes)
+        return None if reduction.identity(sizes) else reduction
+
+    def _reduce_image_features(self, get_features, image_sizes=None, return_dict=None):
+        """What `get_features()`, the parent's method, returns; under an [`ImageReduction`] with the features that it
+        leaves out marked (`visual_images.py`). The lists keep their lengths, those of the image tokens in a prompt."""
+        reduction = self._active_reduction()
+        if not isinstance(reduction, ImageReduction):
+            return get_features() if return_dict is None else get_features(return_dict=return_dict)
+        outputs = []
+
+        def features():
+            outputs.append(get_features() if return_dict is None else get_features(return_dict=True))
+            return getattr(outputs[0], "pooler_output", outputs[0])  # 5.x: an output object, 4.x: the list
+
+        marked = reduced_image_features(self, reduction, features, image_sizes)
+        (output,) = outputs
+        if not hasattr(output, "pooler_output"):
+            return marked
+        output.pooler_output = marked
+        return output.to_tuple() if return_dict is False else output
 
     def _build_plan(self, visual_mask, padding_mask, pixel_values, kwargs):
         if torch.compiler.is_compiling():
@@ -224,6 +309,21 @@ class ShortVGenerationMixin(ShortVSettingsMixin, BaseWeightsMixin):
     def _validate_model_kwargs(self, model_kwargs):
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "visual_mask"})
 
+    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
+        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+        reduction = self.model._active_reduction()
+        if isinstance(reduction, FastV) and 0 < reduction.ratio < 1:
+            if generation_mode == GenerationMode.ASSISTED_GENERATION:
+                raise ValueError(
+                    "fastv ranks visual tokens by the attention of the prompt's last token; assisted decoding puts "
+                    "candidates after it. Use another method, or no assistant."
+                )
+            if generation_config.prefill_chunk_size is not None:
+                raise ValueError(
+                    "fastv ranks visual tokens by the attention of the prompt's last token, which a chunk of the prompt "
+                    f"does not hold; prefill_chunk_size is {generation_config.prefill_chunk_size}, valid is None"
+                )
+
     def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, visual_mask=None, **kwargs):
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         tokens = inputs.get("inputs_embeds")
@@ -254,6 +354,21 @@ class ShortVLlavaModel(ShortVModelMixin, BaseWeightsMixin, LlavaModel):
         self.language_model = build_text_model(config.text_config)
         self.post_init()
 
+    def get_image_features(
+        self,
+        pixel_values,
+        vision_feature_layer=None,
+        vision_feature_select_strategy=None,
+        image_sizes=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """As the parent's; a method that cuts image features marks those it leaves out."""
+        kwargs |= {"vision_feature_layer": vision_feature_layer, "image_sizes": image_sizes}
+        kwargs["vision_feature_select_strategy"] = vision_feature_select_strategy
+        get_features = partial(super().get_image_features, pixel_values, **kwargs)
+        return self._reduce_image_features(get_features, return_dict=return_dict)
+
 
 class ShortVLlavaForConditionalGeneration(ShortVGenerationMixin, LlavaForConditionalGeneration):
     """[`LlavaForConditionalGeneration`] whose text model freezes visual tokens in `config.shortv_layers`."""
@@ -283,6 +398,21 @@ class ShortVLlavaNextModel(ShortVModelMixin, BaseWeightsMixin, LlavaNextModel):
         self.vocab_size = config.text_config.vocab_size
         self.language_model = build_text_model(config.text_config)
         self.post_init()
+
+    def get_image_features(
+        self,
+        pixel_values,
+        image_sizes,
+        vision_feature_layer=None,
+        vision_feature_select_strategy=None,
+        return_dict=None,
+        **kwargs,
+    ):
+        """As the parent's; a method that cuts image features marks those it leaves out."""
+        kwargs |= {"vision_feature_layer": vision_feature_layer}
+        kwargs["vision_feature_select_strategy"] = vision_feature_select_strategy
+        get_features = partial(super().get_image_features, pixel_values, image_sizes, **kwargs)
+        return self._reduce_image_features(get_features, image_sizes, return_dict)
 
 
 class ShortVLlavaNextForConditionalGeneration(ShortVGenerationMixin, LlavaNextForConditionalGeneration):

@@ -24,7 +24,7 @@ def draw_frozen_layers(config: PretrainedConfig, output: str | Path, t: int, v: 
     image = Image.new("RGB", (width, top + height + 78 * scale), BACKGROUND)
     draw = ImageDraw.Draw(image)
     font, small = ImageFont.load_default(15 * scale), ImageFont.load_default(11 * scale)
-    ratio = flops_ratio(t, v, config)
+    ratio = flops_ratio(t, v, config, shortv_layers=config.shortv_layers)
     name = (config.base_model_name_or_path or "this model").split("/")[-1]
     draw.text((left, 10 * scale), f"ShortV on {name}", INK, font)
     title = f"visual tokens frozen in {len(frozen)} of {n_layers} layers: {ratio:.0%} of the prefill's FLOPs"

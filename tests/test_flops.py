@@ -1,16 +1,19 @@
 """The equations against the paper's tables and against FLOPs counted on the real forward pass."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers import make_config, make_images
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, MistralConfig
+from transformers import AutoConfig, LlamaConfig, MistralConfig
 
 from shortv_hf import ShortVLlavaForConditionalGeneration
 from shortv_hf.flops import flops_ratio, layer_flops, prefill_flops
 
 
+HUB_CONFIGS = Path(__file__).parent.parent / "hub_configs"
 MODELS = {  # h, m, L, v
     "1.5-7B": (4096, 11008, 32, 576),
     "1.5-13B": (5120, 13824, 40, 576),
@@ -145,3 +148,91 @@ def test_norm_of_frozen_tokens_is_not_computed():
     with torch.no_grad():
         model(input_ids=ids, **make_images(model.config, 1))
     assert lengths == [21, 5, 21, 21, 21, 21]
+
+
+REDUCTIONS = {  # % of the dense FLOPs, t = 64; what follows from Eq. 3-5
+    "fastv": {"1.5-7B": 57.23, "1.5-13B": 56.77, "NeXT-7B": 51.65, "NeXT-13B": 51.47},
+    "vtw": {"1.5-7B": 54.89, "1.5-13B": 54.91, "NeXT-7B": 50.97, "NeXT-13B": 50.99},
+    "shortv": {"1.5-7B": 55.20, "1.5-13B": 54.74, "NeXT-7B": 50.52, "NeXT-13B": 50.16},
+    "shortv+fastv": {"1.5-7B": 33.93, "1.5-13B": 32.49, "NeXT-7B": 27.04, "NeXT-13B": 26.71},
+}
+PRINTED = {  # the paper's Tables 2 and 5
+    "fastv": {"1.5-7B": 58, "1.5-13B": 57, "NeXT-7B": 52, "NeXT-13B": 51},
+    "vtw": {"1.5-7B": 55, "1.5-13B": 55, "NeXT-7B": 51, "NeXT-13B": 51},
+    "shortv": {"1.5-7B": 55, "1.5-13B": 55, "NeXT-7B": 51, "NeXT-13B": 50},
+    "shortv+fastv": {"1.5-7B": 29},
+}
+# Two printed cells do not follow from the paper's equations, whatever their rounding.
+NOT_FROM_THE_EQUATIONS_EITHER = {("fastv", "1.5-7B"), ("shortv+fastv", "1.5-7B")}
+
+
+def hub_config(model):
+    name = {"1.5": "1.5", "NeXT": "v1.6-vicuna"}[model.split("-")[0]]
+    return AutoConfig.from_pretrained(HUB_CONFIGS / f"shortv-llava-{name}-{model.split('-')[1].lower()}-hf")
+
+
+@pytest.mark.parametrize(("row", "model"), [(row, model) for row, cells in REDUCTIONS.items() for model in cells])
+def test_table_of_the_reductions(row, model):
+    config = hub_config(model)
+    t, v, layers = 64, MODELS[model][3], config.shortv_layers if "shortv" in row else []
+    reduction = None
+    if "fastv" in row:
+        reduction = {"method": "fastv", "k": 2, "ratio": 0.5}
+    elif row == "vtw":
+        reduction = {"method": "vtw", "k": 16 if "7B" in model else 20}
+    ratio = 100 * flops_ratio(t, v, config, shortv_layers=layers, visual_reduction=reduction)
+    assert ratio == pytest.approx(REDUCTIONS[row][model], abs=5e-3)
+    if model in PRINTED[row]:
+        assert (round(ratio) != PRINTED[row][model]) == ((row, model) in NOT_FROM_THE_EQUATIONS_EITHER)
+
+
+def test_reduction_of_the_config_is_the_default():
+    config = make_config(shortv_layers=[3, 0], visual_reduction={"method": "fastv", "k": 2, "ratio": 0.5})
+    layers = [
+        layer_flops(3, v, config, frozen=frozen) for v, frozen in ((16, True), (16, False), (8, False), (8, True))
+    ]
+    assert prefill_flops(3, 16, config) == sum(layers)
+    assert flops_ratio(3, 16, config) == sum(layers) / (4 * layer_flops(3, 16, config))
+    assert prefill_flops(3, 16, config, N=0) == 4 * layer_flops(3, 16, config)  # nothing of the config's
+    config.visual_reduction = {"method": "random", "token_num": 4}
+    assert prefill_flops(3, 32, config) == 2 * (layer_flops(3, 8, config) + layer_flops(3, 8, config, frozen=True))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"N": 2, "visual_reduction": {"method": "vtw", "k": 2}}, "pass shortv_layers instead of N = 2"),
+        ({"N": 2, "shortv_layers": [1]}, "not both"),
+        ({"visual_reduction": {"method": "prumerge"}}, "depends on the image: pass kept"),
+        ({"visual_reduction": {"method": "prumerge"}, "kept": 17}, "valid range is 0 to 16"),
+        ({"visual_reduction": {"method": "vtw", "k": 5}}, "integers 1 to 4"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        prefill_flops(3, 16, make_config(), **arguments)
+
+
+@pytest.mark.parametrize("layers", [[], [1], [0, 2, 3, 5], [0, 1, 2, 3, 4, 5]], ids=len)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "fastv", "k": 2, "ratio": 0.5}, {"method": "fastv", "k": 1, "ratio": 0.9}, {"method": "vtw", "k": 3},
+        {"method": "vtc_cls", "layer": 0, "token_num": 5}, {"method": "random", "token_num": 11},
+        {"method": "downsample", "factor": 2}, {"method": "prumerge"}, {"method": "prumerge_plus"},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize(("t", "images"), [(64, 8), (200, 3)])
+def test_counted_flops_of_reductions(layers, options, t, images):
+    model = counting_model(2, layers)
+    model.set_visual_reduction(options)
+    v = 16 * images
+    ids = torch.tensor([[5] * (t // 2) + [98] * v + [6] * (t - t // 2)])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **make_images(model.config, images)}
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        output = model.model(**inputs)
+    counts = [sum(c.values()) for name, c in counter.get_flop_counts().items() if name.endswith("language_model")]
+    kept = len(output.image_hidden_states) if "prumerge" in options["method"] else None
+    assert counts == [pytest.approx(prefill_flops(t, v, model.config, kept=kept), rel=0.01)]

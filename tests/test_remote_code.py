@@ -156,7 +156,7 @@ def test_without_trust_there_is_a_clear_error(tmp_path):
 def test_closure_imports_only_torch_and_transformers():
     import ast
 
-    names = set()
+    names, direct = set(), {}
     for file in code_files():
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import):
@@ -165,10 +165,16 @@ def test_closure_imports_only_torch_and_transformers():
                 names.add(node.module.split(".")[0])
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 1 and "." not in node.module, "only flat relative imports are copied"
+                direct.setdefault(file.stem, set()).add(node.module)
     assert names - set(sys.stdlib_module_names) == {"torch", "transformers"}
     assert {file.name for file in code_files()} == {
         "base_weights.py", "configuration_shortv.py", "decoder_layer.py", "freeze_plan.py", "modeling_shortv.py",
+        "visual_cache.py", "visual_images.py", "visual_reduction.py", "visual_tokens.py",
     }  # fmt: skip
+
+    # 4.x copies what the loaded file imports itself, and not what its imports import.
+    assert direct["modeling_shortv"] == {file.stem for file in code_files()} - {"modeling_shortv"}
+    assert not direct.keys() & direct["configuration_shortv"]
 
 
 class TestBuildRepo:

@@ -22,12 +22,21 @@ inputs = torch.load(sys.argv[2])
 with torch.no_grad():
     logits = model(**inputs).logits
     generated = model.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=-1, suppress_tokens=[98])
+model.set_visual_reduction({"method": "vtw", "k": 1})
+with torch.no_grad():
+    reduced = model(**inputs).logits
+model.set_visual_reduction({"method": "fastv", "k": 1})
+try:
+    model(**inputs)
+    error = None
+except ValueError as raised:  # each process would rank by its own heads
+    error = str(raised)
 layer = model.model.language_model.layers[0]
 weight = layer.mlp.up_proj.weight
 local = weight.to_local() if hasattr(weight, "to_local") else weight
 if int(os.environ["RANK"]) == 0:
     with open(sys.argv[3], "w") as file:
-        json.dump([logits.tolist(), generated.tolist(), list(local.shape)], file)
+        json.dump([logits.tolist(), generated.tolist(), list(local.shape), reduced.tolist(), error], file)
 torch.distributed.barrier()
 torch.distributed.destroy_process_group()
 """
@@ -41,6 +50,8 @@ def test_two_processes(tmp_path):
     with torch.no_grad():
         expected = model(**inputs).logits
         generated = model.generate(**inputs, max_new_tokens=3, do_sample=False, eos_token_id=-1, suppress_tokens=[98])
+        model.set_visual_reduction({"method": "vtw", "k": 1})
+        withdrawn = model(**inputs).logits
     torch.save(inputs, tmp_path / "inputs.pt")
     (tmp_path / "worker.py").write_text(WORKER)
     with socket.socket() as free:
@@ -51,7 +62,9 @@ def test_two_processes(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, f"transformers {transformers.__version__}: {result.stderr[-3000:]}"
-    logits, ids, shard = json.loads((tmp_path / "result.json").read_text())
+    logits, ids, shard, reduced, error = json.loads((tmp_path / "result.json").read_text())
     assert shard == [24, 32]  # half of the FFN's 48 rows: the layers really are sharded
     torch.testing.assert_close(torch.tensor(logits), expected, atol=1e-4, rtol=1e-4)
     assert ids == generated.tolist()
+    torch.testing.assert_close(torch.tensor(reduced), withdrawn, atol=1e-4, rtol=1e-4)
+    assert "fastv does not work with tensor parallel" in error

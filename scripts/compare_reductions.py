@@ -1,0 +1,212 @@
+"""Reduction methods at matched FLOPs on questions about drawn shapes: accuracy, KL, counted FLOPs, cache.
+
+    python scripts/compare_reductions.py MODEL_DIR --output scripts/results/reductions.json
+
+Rows: the dense model, ShortV with the layers of the model's config, each method with the options whose prefill costs
+closest to ShortV's (`--ratio` for another target), and ShortV with each. PruMerge and adaptive PruMerge+ have no option
+that sets their cost; they come as they are. Writes JSON and, beside it, the table as Markdown.
+
+Accuracy: the whole generated answer is right, held-out scenes (`shapes.held_out_questions`). KL: KL(dense || row) in nats
+between the distributions of the first answer token, mean over the questions. FLOPs: `torch.utils.flop_counter` on the
+language model's prefill; cache: bytes of keys and values after it; means over the first `--measured` questions.
+"""
+
+import argparse
+import json
+import math
+import platform
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+
+from shortv_hf import shapes
+from shortv_hf.chat import count_prefill_flops, frozen_layers, load, token_reduction
+from shortv_hf.flops import flops_ratio, prefill_flops
+from shortv_hf.visual_reduction import METHODS, ModelSizes, parse_visual_reduction
+
+
+def candidates(method: str, sizes: ModelSizes, v: int) -> list[dict]:
+    """Options of a method among which to look for a cost; one entry if its cost cannot be set."""
+    n, layers = sizes.patches, sizes.decoder_layers
+    if method == "fastv":
+        k = min(2, layers - 1)
+        return [{"k": k, "ratio": round(1 - rank / v, 6)} for rank in range(v + 1)]
+    if method == "vtw":
+        return [{"k": k} for k in range(1, layers + 1)]
+    if method == "vtc_cls":  # layer 16 of 24, as released
+        layer = min(round(sizes.vision_layers * 2 / 3), sizes.vision_layers - 2)
+        return [{"layer": layer, "token_num": number} for number in range(1, n + 1)]
+    if method == "random":
+        return [{"token_num": number, "seed": 0} for number in range(1, n + 1)]
+    if method == "downsample":
+        side = math.isqrt(n)
+        return [{"factor": factor} for factor in range(1, side + 1) if side % factor == 0]
+    return [{}]
+
+
+def matched(method: str, config, t: int, v: int, target: float) -> dict | None:
+    """The method's options whose FLOPs ratio is closest to `target`; `None` if it is undefined for this model."""
+    sizes, best = ModelSizes.of(config), None
+    for options in candidates(method, sizes, v):
+        options = {"method": method, **options}
+        try:
+            parse_visual_reduction(options, sizes)
+        except ValueError:
+            return None
+        if len(options) == 1:
+            return options
+        kept = None
+        if "token_num" in options and v % sizes.patches:  # tiles with newlines: the whole tiles decide
+            kept = v - max(v // sizes.patches, 1) * (sizes.patches - options["token_num"])
+        ratio = flops_ratio(t, v, config, shortv_layers=[], visual_reduction=options, kept=kept)
+        if best is None or abs(ratio - target) < best[0]:
+            best = (abs(ratio - target), options)
+    return best[1]
+
+
+def questions(n: int) -> list[tuple]:
+    """`n` held-out questions as (picture, prompt, answer)."""
+    return [(shapes.draw(scene), question.text, question.answer) for scene, question in shapes.held_out_questions(n)]
+
+
+def encode(processor, chunk: list[tuple], model) -> dict:
+    texts = []
+    for _, question, _ in chunk:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
+    images = [picture for picture, _, _ in chunk]
+    inputs = dict(processor(text=texts, images=images, padding=True, return_tensors="pt").to(model.device))
+    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    return inputs
+
+
+@torch.inference_mode()
+def answer(model, processor, asked, batch_size: int, max_new_tokens: int) -> tuple[list[bool], torch.Tensor]:
+    """Whether each answer is right, and the log probabilities `[n, vocabulary]` of its first token."""
+    right, first = [], []
+    for start in range(0, len(asked), batch_size):
+        chunk = asked[start : start + batch_size]
+        inputs = encode(processor, chunk, model)
+        output = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+        new = output.sequences[:, inputs["input_ids"].shape[1] :]
+        texts = processor.batch_decode(new, skip_special_tokens=True)
+        right += [text.strip() == expected for text, (_, _, expected) in zip(texts, chunk, strict=True)]
+        first.append(output.logits[0].float().log_softmax(-1).cpu())
+    return right, torch.cat(first)
+
+
+@torch.inference_mode()
+def cost(model, processor, asked) -> tuple[float, float]:
+    """Mean counted FLOPs of the prefill and bytes of its cache."""
+    flops, nbytes = [], []
+    for sample in asked:
+        flops.append(count_prefill_flops(model, processor, sample[1], [sample[0]]))
+        cache = model.model(**encode(processor, [sample], model), use_cache=True).past_key_values
+        nbytes.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
+    return statistics.mean(flops), statistics.mean(nbytes)
+
+
+def compare(
+    model, processor, n: int, batch_size: int, max_new_tokens: int, measured: int, ratio: float | None
+) -> dict:
+    """The rows; see the module's docstring."""
+    config = model.config
+    asked = questions(n)
+    processor.tokenizer.padding_side = "left"
+    ids = encode(processor, asked[:1], model)["input_ids"]
+    v = int((ids == config.image_token_id).sum())
+    t = ids.shape[1] - v
+    layers = list(config.shortv_layers)
+    if ratio is None:
+        dense = prefill_flops(t, v, config, N=0)
+        ratio = prefill_flops(t, v, config, shortv_layers=layers) / dense
+    variants = [("dense", [], None), ("ShortV", layers, None)]
+    for method in METHODS:
+        options = matched(method, config, t, v, ratio)
+        if options is not None:
+            variants += [(method, [], options), (f"ShortV + {method}", layers, options)]
+    rows, reference = [], None
+    for name, frozen, options in variants:
+        print(f"{name} ...", file=sys.stderr)
+        with frozen_layers(model, frozen), token_reduction(model, options):
+            right, first = answer(model, processor, asked, batch_size, max_new_tokens)
+            flops, nbytes = cost(model, processor, asked[:measured])
+        reference = (first, flops, nbytes) if reference is None else reference
+        divergence = (reference[0].exp() * (reference[0] - first)).nansum(-1).mean()
+        accuracy = sum(right) / n
+        rows.append(
+            {
+                "name": name,
+                "visual_reduction": options,
+                "shortv_layers": frozen,
+                "accuracy": accuracy,
+                "standard_error": math.sqrt(accuracy * (1 - accuracy) / n),
+                "kl_nats": float(divergence),
+                "prefill_flops": flops,
+                "flops_ratio": flops / reference[1],
+                "cache_bytes": nbytes,
+                "cache_ratio": nbytes / reference[2],
+            }
+        )
+    return {"text_tokens": t, "visual_tokens": v, "target_ratio": ratio, "rows": rows}
+
+
+def markdown(report: dict) -> str:
+    lines = [
+        "| method | options | accuracy | KL (nats) | prefill FLOPs | cache |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        options = ", ".join(f"{k} {v}" for k, v in (row["visual_reduction"] or {}).items() if k != "method")
+        accuracy = f"{row['accuracy']:.1%} ± {row['standard_error']:.1%}"
+        cells = (row["name"], options, accuracy, f"{row['kl_nats']:.4f}", f"{row['flops_ratio']:.1%}")
+        lines.append(f"| {' | '.join(cells)} | {row['cache_ratio']:.1%} |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="Hub id or directory")
+    parser.add_argument("--questions", type=int, default=700)
+    parser.add_argument("--measured", type=int, default=10, help="questions whose FLOPs and cache are measured")
+    parser.add_argument(
+        "--ratio", type=float, help="FLOPs ratio to match; default: that of ShortV with the config's layers"
+    )
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--max-new-tokens", type=int, default=6)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--output", type=Path, required=True, help="JSON file; the table goes beside it as .md")
+    arguments = parser.parse_args()
+    model, processor = load(arguments.model, None, arguments.device, arguments.dtype)
+    report = compare(
+        model,
+        processor,
+        arguments.questions,
+        arguments.batch,
+        arguments.max_new_tokens,
+        min(arguments.measured, arguments.questions),
+        arguments.ratio,
+    )
+    report["conditions"] = {
+        "command": " ".join(["python", "scripts/compare_reductions.py", *sys.argv[1:]]),
+        "device": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else platform.machine(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": model.config._attn_implementation,
+        "questions": arguments.questions,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+    arguments.output.with_suffix(".md").write_text(markdown(report))
+    print(markdown(report))
+
+
+if __name__ == "__main__":
+    main()
