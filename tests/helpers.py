@@ -42,7 +42,6 @@ TEXT = {
 }
 TEXT_CONFIGS = {
     "llama": lambda: LlamaConfig(**TEXT),
-    "deep": lambda: LlamaConfig(**{**TEXT, "num_hidden_layers": 32}),
     "mistral": lambda: MistralConfig(**TEXT, sliding_window=None),
     "mistral_sliding": lambda: MistralConfig(**TEXT, sliding_window=8),
     "qwen2": lambda: Qwen2Config(**TEXT),
@@ -50,6 +49,9 @@ TEXT_CONFIGS = {
         **TEXT, use_sliding_window=True, sliding_window=8, max_window_layers=2
     ),  # layers 0 and 1 attend to everything, 2 and 3 to a window
 }
+OTHER_TEXT_CONFIGS = {
+    "deep": lambda: LlamaConfig(**{**TEXT, "num_hidden_layers": 32})
+}  # to count FLOPs, not to compare
 IMAGE_SIZE, PATCH = 16, 4  # 16 patches
 NEXT_SIZES = [(16, 32), (30, 12)]  # (height, width) of the images that LLaVA-NeXT gets, in turn
 
@@ -69,7 +71,7 @@ def make_config(family: str = "llava", text: str = "llama", **kwargs):
         kwargs.setdefault("image_grid_pinpoints", [[16, 32], [32, 16], [32, 32]])
     return FAMILIES[family][0](
         vision_config=vision.to_dict(),
-        text_config=TEXT_CONFIGS[text]().to_dict(),
+        text_config=(TEXT_CONFIGS | OTHER_TEXT_CONFIGS)[text]().to_dict(),
         image_token_index=IMAGE_TOKEN,
         image_seq_length=16,
         **kwargs,
