@@ -23,6 +23,7 @@ from shortv_hf import chat, evaluation, plots
 from shortv_hf.calibration_data import load_cases, load_samples
 from shortv_hf.flops import flops_ratio
 from shortv_hf.layer_contribution import frozen_tokens, joint_kl, rank_layers
+from shortv_hf.visual_reduction import visual_reduction_from_text
 
 
 ROOT = Path(__file__).parent.parent
@@ -38,8 +39,9 @@ def evaluation_cases(data: str, n: int, seed: int):
 class Measurement:
     """Accuracy and KL of the model with some tokens frozen in some layers; what was measured is not measured again."""
 
-    def __init__(self, model, processor, cases, batch_size):
+    def __init__(self, model, processor, cases, batch_size, reduction: dict | None = None):
         self.model, self.processor, self.cases, self.batch_size = model, processor, cases, batch_size
+        self.reduction = reduction  # on in all measurements; the KL is that from the model without
         self.batches = list(evaluation.encode_batches(processor, cases, batch_size))
         self.known = {}
 
@@ -48,9 +50,13 @@ class Measurement:
         if key not in self.known:
             uncached = {} if tokens == "visual" else {"use_cache": False}  # see `frozen_tokens`
             with frozen_tokens(self.model, layers, tokens):
+                self.model.set_visual_reduction(self.reduction)
                 answers = evaluation.answer(self.model, self.processor, self.cases, self.batch_size, **uncached)
-            shares = evaluation.accuracy(answers, self.cases)
-            self.known[key] = {"accuracy": shares, "kl": joint_kl(self.model, self.batches, layers, tokens=tokens)}
+                self.model.set_visual_reduction(None)
+            self.known[key] = {
+                "accuracy": evaluation.accuracy(answers, self.cases),
+                "kl": joint_kl(self.model, self.batches, layers, tokens=tokens, visual_reduction=self.reduction),
+            }
         return self.known[key]
 
     def random_tokens(self, layers: list[int], seed: int) -> dict:
@@ -121,7 +127,10 @@ def markdown(results: dict) -> str:
             row = results["curves"][method][index]
             spread = f" ({row['accuracy_low']:.1%} to {row['accuracy_high']:.1%})" if "accuracy_low" in row else ""
             cells.append(f"{row['accuracy']:.1%}{spread} / {row['kl']:.3g}")
-        lines.append(f"| N = {n} | {' | '.join(cells)} | {results['flops_ratio'][index]:.1%} |")
+        ratio = results["flops_ratio"][index]  # of ShortV alone
+        lines.append(f"| N = {n} | {' | '.join(cells)} | {'' if ratio is None else f'{ratio:.1%}'} |")
+    if results["frozen_tokens"] is None:
+        return "\n".join(lines) + "\n"
     lines += ["", f"| frozen in {results['N']} layers | accuracy | KL |", "| --- | ---: | ---: |"]
     for name, row in results["frozen_tokens"].items():
         kl = f"{row['kl']:.3g}" if "kl" in row else ""
@@ -139,12 +148,14 @@ def main():
     parser.add_argument("--kl", default="forward", choices=("forward", "reverse"))
     parser.add_argument("--seeds", type=int, default=5, help="random rankings")
     parser.add_argument("--num-layers", type=int, help="N of the ablation on tokens; default 60 %% of the layers")
+    parser.add_argument("--reduction", default="none", help="with it on, as for shortv chat; leaves out Table 7")
     parser.add_argument("--every", type=int, default=1, help="measure every so many N")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path, default=ROOT / "scripts" / "results" / "ablations-shapes-demo")
     args = parser.parse_args()
+    reduction = visual_reduction_from_text(args.reduction)
     plots.check_matplotlib()
     started = time.monotonic()
     model, processor = chat.load(args.model, [], args.device, args.dtype)
@@ -160,7 +171,8 @@ def main():
     text = rank_layers(model, samples, tokens="text", kl=args.kl)
     for name, group in rankings.items():
         print(f"{name}: {group[0].order}", flush=True)
-    measure = Measurement(model, processor, evaluation_cases(args.data, args.questions, 0), args.batch)
+    cases = evaluation_cases(args.data, args.questions, 0)
+    measure = Measurement(model, processor, cases, args.batch, reduction)
     numbers = sorted({*range(0, n_layers + 1, args.every), n, n_layers})
     curves = measure_rankings(measure, rankings, numbers)
     lc = rankings["LC"][0]
@@ -173,6 +185,7 @@ def main():
             "greedy_ranked_on": min(args.greedy_samples, len(samples)),
             "evaluated_on": len(measure.cases),
             "kl": args.kl,
+            "visual_reduction": reduction,
             "random_seeds": args.seeds,
             "device": torch.cuda.get_device_name() if "cuda" in args.device else platform.processor() or "CPU",
             "dtype": args.dtype,
@@ -183,11 +196,16 @@ def main():
         "N": n,
         "orders": {name: [ranking.order for ranking in group] for name, group in rankings.items()},
         "layer_contribution": {"visual": lc.scores, "text": text.scores},
-        "flops_ratio": [flops_ratio(lc.text_tokens, lc.visual_tokens, model.config, N=i) for i in numbers],
+        "flops_ratio": [
+            flops_ratio(lc.text_tokens, lc.visual_tokens, model.config, N=i) if reduction is None else None
+            for i in numbers
+        ],
         "curves": curves,
         "retention": {row["N"]: row["accuracy"] / dense for row in curves["LC"]},
-        "frozen_tokens": measure_frozen_tokens(measure, model, samples, args.kl, n, args.seeds),
+        "frozen_tokens": None,  # a method that drops visual tokens leaves nothing to freeze instead of text
     }
+    if reduction is None:
+        results["frozen_tokens"] = measure_frozen_tokens(measure, model, samples, args.kl, n, args.seeds)
     results["conditions"]["seconds"] = round(time.monotonic() - started)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")

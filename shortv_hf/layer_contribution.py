@@ -176,10 +176,16 @@ def rank_layers(
 
 
 def joint_kl(
-    model: PreTrainedModel, samples: Iterable[dict], layers: list[int], kl: str = "forward", tokens: str = "visual"
+    model: PreTrainedModel,
+    samples: Iterable[dict],
+    layers: list[int],
+    kl: str = "forward",
+    tokens: str = "visual",
+    visual_reduction: dict | None = None,
 ) -> float:
-    """Mean KL divergence (nats) at the last position between the dense model and the one with all `layers` frozen."""
-    return joint_kl_curve(model, samples, [layers], kl, tokens)[0]
+    """Mean KL divergence (nats) at the last position between the dense model and the one with all `layers` frozen and,
+    if given, `visual_reduction` on."""
+    return joint_kl_curve(model, samples, [layers], kl, tokens, visual_reduction)[0]
 
 
 def joint_kl_curve(
@@ -188,6 +194,7 @@ def joint_kl_curve(
     layer_sets: list[list[int]],
     kl: str = "forward",
     tokens: str = "visual",
+    visual_reduction: dict | None = None,
 ) -> list[float]:
     """[`joint_kl`] of several sets of layers, with one dense pass per sample."""
     _check_model(model)
@@ -197,6 +204,7 @@ def joint_kl_curve(
             sample = _to_device(model, sample)
             dense = _last_logits(model, sample)
             row = []
+            model.set_visual_reduction(visual_reduction)
             for layers in layer_sets:
                 with frozen_tokens(model, layers, tokens):
                     row.append(_divergence(dense, _last_logits(model, sample), kl))

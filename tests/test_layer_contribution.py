@@ -206,6 +206,27 @@ def test_joint_kl(model, tokens):
     assert joint_kl(model, [inputs], [0, 1, 2], tokens=tokens) == pytest.approx(curve[1])
 
 
+def test_joint_kl_with_a_reduction(model, batch):
+    """Against the model without it; a setting that drops nothing changes nothing."""
+    fastv = {"method": "fastv", "k": 2, "ratio": 0.5}
+    model.set_visual_reduction(fastv)  # what the model does at the moment does not count
+    try:
+        nothing = joint_kl(model, [batch], [0], visual_reduction={**fastv, "ratio": 0})
+        assert nothing == joint_kl(model, [batch], [0])
+        assert rank_layers(model, [batch]).scores == rank_layers(make_model(), [batch]).scores
+        with_fastv = joint_kl(model, [batch], [0], visual_reduction=fastv)
+        assert model.config.visual_reduction == fastv
+        logits = []
+        for layers, reduction in (([], None), ([0], fastv)):
+            with frozen_tokens(model, layers), torch.no_grad():
+                model.set_visual_reduction(reduction)
+                logits.append(model(**batch).logits[:, -1].log_softmax(-1))
+        expected = float((logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean())
+        assert with_fastv == pytest.approx(expected, abs=1e-6) and abs(with_fastv - nothing) > 1e-3
+    finally:
+        model.set_visual_reduction(None)
+
+
 @pytest.mark.parametrize("tokens", ["text", "all"])
 def test_frozen_tokens_generate_without_cache(model, batch, tokens):
     """Every step is the simple reference's full recompute, in which the generated tokens are frozen as well."""
