@@ -317,29 +317,22 @@ def visualize(
 def vtw_k(
     model: Annotated[str, typer.Option(help="Hub id or directory of a ShortV repo or a LLaVA checkpoint.")],
     max_kl: Annotated[float, typer.Option(help="Largest mean KL divergence from the dense model, in nats.")] = 0.003,
-    image: Annotated[
-        list[str] | None,
-        typer.Option(help="Path or URL of a picture; may be given several times. Default: drawn shapes."),
-    ] = None,
-    prompt: Annotated[str, typer.Option(help="The question about the pictures given.")] = "Describe the image.",
-    samples: Annotated[int, typer.Option(min=1, help="How many drawn pictures, each with a question.")] = 20,
-    kl: Annotated[str, typer.Option(help="forward: KL(VTW || dense), as released; reverse.")] = "forward",
+    data: Annotated[str, typer.Option(help="Samples, as for shortv lc.")] = "gqa,flickr30k",
+    samples: Annotated[int, typer.Option(min=1, help="Samples of each source.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
+    kl: Annotated[str, typer.Option(help="reverse: KL(VTW || dense), as released; forward.")] = "reverse",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ):
     """Find the layer at which Visual Tokens Withdrawal may begin: the first with a divergence of at most --max-kl."""
-    from rich.progress import track
-
+    from . import calibration_data
     from . import chat as chats
-    from .vtw_calibration import first_layer_below, sample_inputs, withdrawal_divergences
+    from .vtw_calibration import first_layer_below, withdrawal_divergences
 
-    pictures = chats.load_images(image or [])
     loaded, processor = chats.load(model, None, device, dtype)
     n_layers = loaded.config.text_config.num_hidden_layers
-    first_layer_below({}, max_kl, n_layers)
-    inputs = list(sample_inputs(processor, samples, pictures, prompt))
-    tracked = track(inputs, description="Measuring", console=Console(stderr=True), transient=True)
-    found = withdrawal_divergences(loaded, tracked, kl=kl)
+    first_layer_below({}, max_kl, n_layers)  # refuses a bad limit before the passes
+    found = withdrawal_divergences(loaded, calibration_data.load_samples(data, processor, samples, seed), kl=kl)
     for layer, value in found.items():
         print(f"K = {layer:2d}   {value:.6f} nats")
     chosen = first_layer_below(found, max_kl, n_layers)

@@ -161,7 +161,7 @@ def rank_layers(
     if metric == "greedy":
         scores, order = _rank_greedily(model, summary, samples, tokens, kl, layers_per_batch)
     else:
-        for sample in _progress(samples, f"{metric}, {tokens} tokens"):
+        for sample in progress(samples, f"{metric}, {tokens} tokens"):
             with _measuring(model):
                 trace = _Trace(model, summary.add(model, sample), [], tokens)
                 if metric == "cosine":
@@ -199,15 +199,15 @@ def joint_kl_curve(
     """[`joint_kl`] of several sets of layers, with one dense pass per sample."""
     _check_model(model)
     values = []
-    for sample in _progress(samples, "joint KL"):
+    for sample in progress(samples, "joint KL"):
         with _measuring(model):
-            sample = _to_device(model, sample)
-            dense = _last_logits(model, sample)
+            sample = to_device(model, sample)
+            dense = last_logits(model, sample)
             row = []
             model.set_visual_reduction(visual_reduction)
             for layers in layer_sets:
                 with frozen_tokens(model, layers, tokens):
-                    row.append(_divergence(dense, _last_logits(model, sample), kl))
+                    row.append(divergence(dense, last_logits(model, sample), kl))
         values.append(torch.stack(row, dim=1).double())
     if not values:
         raise ValueError("no samples: the KL needs at least one")
@@ -356,7 +356,7 @@ class _Trace:
         groups = [layer for layer in candidates if layer not in logits]
         for start in range(0, len(groups), batch):
             logits.update(self._frozen_logits(groups[start : start + batch]))
-        return torch.stack([_divergence(dense, logits[layer], kl) for layer in candidates]).double()
+        return torch.stack([divergence(dense, logits[layer], kl) for layer in candidates]).double()
 
     def _frozen_logits(self, candidates: list[int]) -> dict[int, torch.Tensor]:
         """Logits of each candidate. They join one batch as their layers come; the first candidates of it come first."""
@@ -410,10 +410,10 @@ def _rank_greedily(model, summary, samples, tokens, kl, layers_per_batch):
     """Scores and order: layer by layer, the one whose freezing beside those chosen before costs least joint KL."""
     with _measuring(model):
         samples = [summary.add(model, sample) for sample in samples or ()]
-        dense = [_last_logits(model, sample).cpu() for sample in samples]
+        dense = [last_logits(model, sample).cpu() for sample in samples]
         scores, order = {}, []
         left = list(range(model.config.text_config.num_hidden_layers))
-        for _ in _progress(range(len(left)), f"greedy, {tokens} tokens"):
+        for _ in progress(range(len(left)), f"greedy, {tokens} tokens"):
             totals = torch.zeros(len(left), dtype=torch.float64)
             for sample, target in zip(samples, dense, strict=True):
                 trace = _Trace(model, sample, order, tokens)
@@ -450,7 +450,7 @@ class _DataSummary:
                 tensor = sample[name].detach().cpu().contiguous()
                 self.hash.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
                 self.hash.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
-        sample = _to_device(model, sample)
+        sample = to_device(model, sample)
         visual = _visual_mask(model.config, sample)
         padding = sample.get("attention_mask")
         n_tokens = int(visual.numel() if padding is None else padding.sum())
@@ -471,14 +471,14 @@ class _DataSummary:
         }
 
 
-def _divergence(dense: torch.Tensor, frozen: torch.Tensor, kl: str) -> torch.Tensor:
+def divergence(dense: torch.Tensor, frozen: torch.Tensor, kl: str) -> torch.Tensor:
     """KL divergence per row of logits `[B, V]`, in nats and float32: `[B]`."""
     dense, frozen = dense.float().log_softmax(-1), frozen.to(dense.device).float().log_softmax(-1)
     p, q = (dense, frozen) if kl == "forward" else (frozen, dense)
     return nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
 
 
-def _last_logits(model: PreTrainedModel, sample: dict) -> torch.Tensor:
+def last_logits(model: PreTrainedModel, sample: dict) -> torch.Tensor:
     """Logits at the last position of each row, `[B, V]` float32."""
     states = model.model(**sample, use_cache=False).last_hidden_state
     last = _last_positions(_visual_mask(model.config, sample), sample.get("attention_mask")).to(states.device)
@@ -514,7 +514,7 @@ def _repeat(value, rows: int, copies: int):
     return value  # one row for all, or nothing that has rows
 
 
-def _to_device(model: PreTrainedModel, sample: dict) -> dict:
+def to_device(model: PreTrainedModel, sample: dict) -> dict:
     moved = {}
     device = None if model.device.type == "meta" else model.device  # offloaded: the model's own hooks move inputs
     for name, value in sample.items():
@@ -553,7 +553,7 @@ def _argsort(scores: list[float], descending: bool = False) -> list[int]:
     return sorted(range(len(scores)), key=lambda layer: -scores[layer] if descending else scores[layer])
 
 
-def _progress(items: Iterable | None, description: str):
+def progress(items: Iterable | None, description: str):
     """Iterate with a progress bar and the time left; `disable_progress_bar` of Transformers turns it off."""
     return logging.tqdm(() if items is None else items, desc=description)
 

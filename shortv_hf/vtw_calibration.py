@@ -5,55 +5,27 @@ all visual tokens withdrawn before layer K and with none, averaged over samples.
 K from 5 on whose divergence is at most 0.003 (LLaVA-1.5-7B), 0.0005 (13B) or 0.0001 (LLaVA-NeXT-7B), over 20 samples.
 """
 
-import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedModel
 
-from . import shapes
 from .chat import token_reduction
+from .layer_contribution import KL_DIRECTIONS, divergence, last_logits, progress, to_device
 
 
-KL_DIRECTIONS = ("forward", "reverse")
 FIRST_LAYER = 5  # the released code looks at no earlier one
 
 
 @torch.no_grad()
-def next_token_log_probabilities(model: PreTrainedModel, sample: dict, options: dict | None) -> torch.Tensor:
-    """Log probabilities `[B, vocabulary]` of the token after each row's last, under a reduction method; float32."""
-    inputs = {name: value.to(model.device) for name, value in sample.items()}
-    if "pixel_values" in inputs:
-        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    with token_reduction(model, options):
-        logits = model(**inputs, use_cache=False).logits
-    mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    last = torch.where(mask.bool(), torch.arange(mask.shape[1], device=mask.device), -1).amax(1)
-    return logits[torch.arange(len(last)), last].float().log_softmax(-1)
-
-
-def sample_inputs(processor: ProcessorMixin, n: int, images: list = (), prompt: str = "") -> Iterator[dict]:
-    """Model inputs to calibrate with: `prompt` about each of `images` or, without any, questions about `n` drawn scenes
-    of the calibration seeds (`shapes.py`)."""
-    pairs = [(image, prompt) for image in images]
-    for seed in range(0 if pairs else n):
-        rng = random.Random(seed)
-        scene = shapes.make_scene(rng)
-        pairs.append((shapes.draw(scene), shapes.questions(scene, rng, 1)[0].text))
-    for image, question in pairs:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        yield dict(processor(text=text, images=[image], return_tensors="pt"))
-
-
 def withdrawal_divergences(
-    model: PreTrainedModel, samples: Iterable[dict], layers: Iterable[int] | None = None, kl: str = "forward"
+    model: PreTrainedModel, samples: Iterable[dict], layers: Iterable[int] | None = None, kl: str = "reverse"
 ) -> dict[int, float]:
     """Mean divergence in nats for every K of `layers` (default: from 5, or 1 in smaller models, to the last).
 
     Args:
         samples: model inputs as a processor returns them; every row counts as one.
-        kl: "forward" is KL(P_VTW || P_dense), the released code; "reverse" the other way round.
+        kl: "reverse" is KL(P_VTW || P_dense), the released code; "forward" is KL(P_dense || P_VTW).
 
     Raises:
         ValueError: no samples, an unknown direction, or a layer out of range.
@@ -63,13 +35,14 @@ def withdrawal_divergences(
     n_layers = model.config.text_config.num_hidden_layers
     layers = list(layers if layers is not None else range(FIRST_LAYER if n_layers > FIRST_LAYER else 1, n_layers))
     totals, count = dict.fromkeys(layers, 0.0), 0
-    for sample in samples:
-        dense = next_token_log_probabilities(model, sample, None)
+    for sample in progress(samples, "withdrawing visual tokens"):
+        sample = to_device(model, sample)
+        with token_reduction(model, None):
+            dense = last_logits(model, sample)
         count += len(dense)
         for k in layers:
-            withdrawn = next_token_log_probabilities(model, sample, {"method": "vtw", "k": k})
-            p, q = (withdrawn, dense) if kl == "forward" else (dense, withdrawn)
-            totals[k] += float((p.exp() * (p - q)).sum())
+            with token_reduction(model, {"method": "vtw", "k": k}):
+                totals[k] += float(divergence(dense, last_logits(model, sample), kl).sum())
     if count == 0:
         raise ValueError("no samples to calibrate with")
     return {k: total / count for k, total in totals.items()}
@@ -87,7 +60,7 @@ def first_layer_below(divergences: dict[int, float], max_kl: float, n_layers: in
 
 
 def choose_vtw_k(
-    model: PreTrainedModel, samples: Iterable[dict], max_kl: float, kl: str = "forward", layers=None
+    model: PreTrainedModel, samples: Iterable[dict], max_kl: float, kl: str = "reverse", layers=None
 ) -> int:
     """K for `{"method": "vtw", "k": K}`: the first of `layers` whose mean divergence is at most `max_kl` nats.
 

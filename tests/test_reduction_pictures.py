@@ -155,9 +155,9 @@ class TestCommands:
         assert code == 0 and "ShortV + vtw" in out
 
     def test_vtw_k(self, shortv, repo, picture):
-        code, out = shortv("vtw-k", "--model", repo, "--image", picture, "--prompt", "what ?", "--max-kl", 1000)
+        code, out = shortv("vtw-k", "--model", repo, "--data", "shapes", "--samples", 1, "--max-kl", 1000)
         assert code == 0 and out.splitlines()[-1] == "--reduction vtw:k=1"
-        code, out = shortv("vtw-k", "--model", repo, "--samples", 2, "--max-kl", 0)
+        code, out = shortv("vtw-k", "--model", repo, "--data", "shapes", "--samples", 2, "--max-kl", 0)
         assert code == 0 and "no layer stays within" in out
         assert "max_kl is -1" in shortv("vtw-k", "--model", repo, "--max-kl", -1.0)[0]
 

@@ -33,7 +33,7 @@ def test_divergences_equal_the_reference(model, kl):
         for row in rows:
             withdrawn = text_logits(stock, row, [], {"method": "vtw", "k": k}, [1])[-1].softmax(-1)
             dense = text_logits(stock, row, [], {"method": "vtw", "k": 4}, [1])[-1].softmax(-1)
-            p, q = (withdrawn, dense) if kl == "forward" else (dense, withdrawn)
+            p, q = (withdrawn, dense) if kl == "reverse" else (dense, withdrawn)
             expected.append(float((p * (p / q).log()).sum()))
         assert value == pytest.approx(sum(expected) / 3, rel=1e-3, abs=1e-6)
     assert model.config.visual_reduction == {"method": "fastv", "k": 2}
