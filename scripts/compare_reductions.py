@@ -22,9 +22,11 @@ from pathlib import Path
 import torch
 import transformers
 
-from shortv_hf import shapes
+from shortv_hf import evaluation
+from shortv_hf.calibration_data import Case, encode
 from shortv_hf.chat import count_prefill_flops, frozen_layers, load, token_reduction
 from shortv_hf.flops import flops_ratio, prefill_flops
+from shortv_hf.layer_contribution import joint_kl, to_device
 from shortv_hf.visual_reduction import METHODS, ModelSizes, parse_visual_reduction
 
 
@@ -67,46 +69,13 @@ def matched(method: str, config, t: int, v: int, target: float) -> dict | None:
     return best[1]
 
 
-def questions(n: int) -> list[tuple]:
-    """`n` held-out questions as (picture, prompt, answer)."""
-    return [(shapes.draw(scene), question.text, question.answer) for scene, question in shapes.held_out_questions(n)]
-
-
-def encode(processor, chunk: list[tuple], model) -> dict:
-    texts = []
-    for _, question, _ in chunk:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        texts.append(processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True))
-    images = [picture for picture, _, _ in chunk]
-    inputs = dict(processor(text=texts, images=images, padding=True, return_tensors="pt").to(model.device))
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-    return inputs
-
-
 @torch.inference_mode()
-def answer(model, processor, asked, batch_size: int, max_new_tokens: int) -> tuple[list[bool], torch.Tensor]:
-    """Whether each answer is right, and the log probabilities `[n, vocabulary]` of its first token."""
-    right, first = [], []
-    for start in range(0, len(asked), batch_size):
-        chunk = asked[start : start + batch_size]
-        inputs = encode(processor, chunk, model)
-        output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, do_sample=False, return_dict_in_generate=True, output_logits=True
-        )
-        new = output.sequences[:, inputs["input_ids"].shape[1] :]
-        texts = processor.batch_decode(new, skip_special_tokens=True)
-        right += [text.strip() == expected for text, (_, _, expected) in zip(texts, chunk, strict=True)]
-        first.append(output.logits[0].float().log_softmax(-1).cpu())
-    return right, torch.cat(first)
-
-
-@torch.inference_mode()
-def cost(model, processor, asked) -> tuple[float, float]:
+def cost(model, processor, cases: list[Case]) -> tuple[float, float]:
     """Mean counted FLOPs of the prefill and bytes of its cache."""
     flops, nbytes = [], []
-    for sample in asked:
-        flops.append(count_prefill_flops(model, processor, sample[1], [sample[0]]))
-        cache = model.model(**encode(processor, [sample], model), use_cache=True).past_key_values
+    for case in cases:
+        flops.append(count_prefill_flops(model, processor, case.prompt, list(case.images)))
+        cache = model.model(**to_device(model, encode(case, processor)), use_cache=True).past_key_values
         nbytes.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
     return statistics.mean(flops), statistics.mean(nbytes)
 
@@ -116,9 +85,9 @@ def compare(
 ) -> dict:
     """The rows; see the module's docstring."""
     config = model.config
-    asked = questions(n)
-    processor.tokenizer.padding_side = "left"
-    ids = encode(processor, asked[:1], model)["input_ids"]
+    cases = evaluation.held_out_cases(n)
+    batches = list(evaluation.encode_batches(processor, cases, batch_size))
+    ids = encode(cases[0], processor)["input_ids"]
     v = int((ids == config.image_token_id).sum())
     t = ids.shape[1] - v
     layers = list(config.shortv_layers)
@@ -134,11 +103,10 @@ def compare(
     for name, frozen, options in variants:
         print(f"{name} ...", file=sys.stderr)
         with frozen_layers(model, frozen), token_reduction(model, options):
-            right, first = answer(model, processor, asked, batch_size, max_new_tokens)
-            flops, nbytes = cost(model, processor, asked[:measured])
-        reference = (first, flops, nbytes) if reference is None else reference
-        divergence = (reference[0].exp() * (reference[0] - first)).nansum(-1).mean()
-        accuracy = sum(right) / n
+            answers = evaluation.answer(model, processor, cases, batch_size, max_new_tokens)
+            flops, nbytes = cost(model, processor, cases[:measured])
+        reference = (flops, nbytes) if reference is None else reference
+        accuracy = evaluation.accuracy(answers, cases)["overall"]
         rows.append(
             {
                 "name": name,
@@ -146,11 +114,11 @@ def compare(
                 "shortv_layers": frozen,
                 "accuracy": accuracy,
                 "standard_error": math.sqrt(accuracy * (1 - accuracy) / n),
-                "kl_nats": float(divergence),
+                "kl_nats": joint_kl(model, batches, frozen, visual_reduction=options),
                 "prefill_flops": flops,
-                "flops_ratio": flops / reference[1],
+                "flops_ratio": flops / reference[0],
                 "cache_bytes": nbytes,
-                "cache_ratio": nbytes / reference[2],
+                "cache_ratio": nbytes / reference[1],
             }
         )
     return {"text_tokens": t, "visual_tokens": v, "target_ratio": ratio, "rows": rows}

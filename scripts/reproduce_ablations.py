@@ -11,7 +11,6 @@ evaluation. Writes OUTPUT.json with the conditions, OUTPUT.png and OUTPUT.md.
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ import torch
 import transformers
 
 from shortv_hf import chat, evaluation, plots
-from shortv_hf.calibration_data import load_cases, load_samples
+from shortv_hf.calibration_data import encode, load_cases
 from shortv_hf.flops import flops_ratio
 from shortv_hf.layer_contribution import frozen_tokens, joint_kl, rank_layers
 from shortv_hf.visual_reduction import visual_reduction_from_text
@@ -29,11 +28,24 @@ from shortv_hf.visual_reduction import visual_reduction_from_text
 ROOT = Path(__file__).parent.parent
 
 
-def evaluation_cases(data: str, n: int, seed: int):
-    """`n` cases with answers, others than those of calibration."""
-    if data == "shapes":
-        return evaluation.held_out_cases(n)
-    return [case for case in load_cases(data, n, seed + 1) if case.answer is not None]
+def split_cases(data: str, samples: int, questions: int) -> tuple[list, list]:
+    """Of every source, `samples` cases to rank layers on and `questions` others, those with answers, to evaluate on.
+
+    Raises:
+        ValueError: as `load_cases`, or if no case to evaluate on has an answer.
+    """
+    ranked, evaluated = [], []
+    for name in filter(None, map(str.strip, data.split(","))):
+        if name == "shapes":
+            ranked += load_cases(name, samples)
+            evaluated += evaluation.held_out_cases(questions)
+        else:
+            cases = list(load_cases(name, samples + questions))
+            ranked += cases[:samples]
+            evaluated += [case for case in cases[samples:] if case.answer is not None]
+    if not evaluated:
+        raise ValueError(f"{data} holds no answers to compare with")
+    return ranked, evaluated
 
 
 class Measurement:
@@ -142,14 +154,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default=str(ROOT / "hub_configs" / "shortv-shapes-demo"))
     parser.add_argument("--data", default="shapes", help="as for shortv lc")
-    parser.add_argument("--samples", type=int, default=200, help="to rank the layers on")
-    parser.add_argument("--greedy-samples", type=int, default=50, help="of them, for the greedy ranking")
-    parser.add_argument("--questions", type=int, default=1400, help="to measure accuracy and KL on")
+    parser.add_argument("--samples", type=int, default=100, help="of each source, to rank the layers on")
+    parser.add_argument("--greedy-samples", type=int, help="about so many of them for the greedy ranking; default all")
+    parser.add_argument("--questions", type=int, default=700, help="of each source, to measure accuracy and KL on")
     parser.add_argument("--kl", default="forward", choices=("forward", "reverse"))
-    parser.add_argument("--seeds", type=int, default=5, help="random rankings")
+    parser.add_argument("--seeds", type=int, default=3, help="random rankings")
     parser.add_argument("--num-layers", type=int, help="N of the ablation on tokens; default 60 %% of the layers")
     parser.add_argument("--reduction", default="none", help="with it on, as for shortv chat; leaves out Table 7")
-    parser.add_argument("--every", type=int, default=1, help="measure every so many N")
+    parser.add_argument("--every", type=int, default=2, help="measure every so many N")
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -161,17 +173,18 @@ def main():
     model, processor = chat.load(args.model, [], args.device, args.dtype)
     n_layers = model.config.text_config.num_hidden_layers
     n = args.num_layers or round(0.6 * n_layers)
-    samples = list(load_samples(args.data, processor, args.samples))
+    ranked, cases = split_cases(args.data, args.samples, args.questions)
+    samples = [encode(case, processor) for case in ranked]
+    greedy_samples = samples[:: max(1, len(samples) // (args.greedy_samples or len(samples)))]
     rankings = {
         "LC": [rank_layers(model, samples, kl=args.kl)],
-        "greedy": [rank_layers(model, samples[: args.greedy_samples], "greedy", kl=args.kl)],
+        "greedy": [rank_layers(model, greedy_samples, "greedy", kl=args.kl)],
         "cosine": [rank_layers(model, samples, "cosine")],
         "random": [rank_layers(model, None, "random", seed=seed) for seed in range(args.seeds)],
     }
     text = rank_layers(model, samples, tokens="text", kl=args.kl)
     for name, group in rankings.items():
         print(f"{name}: {group[0].order}", flush=True)
-    cases = evaluation_cases(args.data, args.questions, 0)
     measure = Measurement(model, processor, cases, args.batch, reduction)
     numbers = sorted({*range(0, n_layers + 1, args.every), n, n_layers})
     curves = measure_rankings(measure, rankings, numbers)
@@ -181,13 +194,13 @@ def main():
         "conditions": {
             "model": Path(args.model).name,
             "data": args.data,
-            "ranked_on": args.samples,
-            "greedy_ranked_on": min(args.greedy_samples, len(samples)),
+            "ranked_on": len(samples),
+            "greedy_ranked_on": len(greedy_samples),
             "evaluated_on": len(measure.cases),
             "kl": args.kl,
             "visual_reduction": reduction,
             "random_seeds": args.seeds,
-            "device": torch.cuda.get_device_name() if "cuda" in args.device else platform.processor() or "CPU",
+            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU",
             "dtype": args.dtype,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
@@ -227,6 +240,9 @@ def draw(results: dict, output: Path):
     panels = {
         "accuracy (%)": {method: curve(rows, "accuracy", 100) for method, rows in results["curves"].items()},
         "KL from the dense model (nats)": {method: curve(rows, "kl") for method, rows in results["curves"].items()},
+        "retained accuracy (%)": {
+            "LC": {"x": list(results["retention"]), "y": [100 * value for value in results["retention"].values()]}
+        },
     }
     plots.plot_curves(panels, "layers with frozen visual tokens", output.with_suffix(".png"))
     scores = {f"{kind} tokens": values for kind, values in results["layer_contribution"].items()}

@@ -632,7 +632,7 @@ def main():
     parser.add_argument("--run-dir", type=Path, required=True, help="checkpoints; an interrupted run resumes from it")
     parser.add_argument("--output", type=Path, default=default_output, help="folder that --export writes")
     parser.add_argument("--export", action="store_true", help="write and evaluate the repo instead of training")
-    parser.add_argument("--frozen", type=int, default=7, help="--export: number of frozen layers in the config")
+    parser.add_argument("--frozen", type=int, default=8, help="--export: number of frozen layers in the config")
     parser.add_argument("--samples", type=int, default=200, help="--export: samples that the layers are ranked on")
     parser.add_argument("--questions", type=int, default=1400, help="--export: held-out questions")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import ProcessorMixin
 
 from . import shapes
@@ -44,6 +44,19 @@ class Case:
 def load_samples(data: str, processor: ProcessorMixin, n: int = 20, seed: int = 0) -> Iterator[dict]:
     """Model inputs, one sample at a time, of every source in `data`; arguments and errors as [`load_cases`]."""
     return (encode(case, processor) for case in load_cases(data, n, seed))
+
+
+class Samples:
+    """[`load_samples`] that can be gone through several times, without keeping what it yields."""
+
+    def __init__(self, data: str, processor: ProcessorMixin, n: int = 20, seed: int = 0):
+        self.cases, self.processor = list(load_cases(data, n, seed)), processor
+
+    def __len__(self):
+        return len(self.cases)
+
+    def __iter__(self) -> Iterator[dict]:
+        return (encode(case, self.processor) for case in self.cases)
 
 
 def load_cases(data: str, n: int = 20, seed: int = 0) -> Iterator[Case]:
@@ -115,6 +128,8 @@ def _stream_flickr30k(load_dataset: Callable, n: int, seed: int) -> Iterator[Cas
 
 def _shapes(n: int, seed: int) -> Iterator[Case]:
     """Questions about scenes, from seeds that neither the demonstration model's training nor its test uses."""
+    if not 0 <= seed < 500:
+        raise ValueError(f"seed is {seed}; for shapes, 0 to 499 are valid: the others are of other data")
     first = shapes.HELD_OUT_SEED // 2 + seed * 1_000_000
     for index in range(first, first + n):
         rng = random.Random(index)
@@ -139,11 +154,11 @@ def _read_line(file: Path, number: int, line: str) -> Case:
     try:
         row = json.loads(line)
         names = [row["image"]] if isinstance(row["image"], str) else row["image"]
-        prompt, answer = row["prompt"], row.get("answer")
-        images = tuple(Image.open(file.parent / name).convert("RGB") for name in names)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        prompt, answer = str(row["prompt"]), row.get("answer")
+        images = tuple(ImageOps.exif_transpose(Image.open(file.parent / name)).convert("RGB") for name in names)
+    except Exception as error:  # as many kinds as there are broken files
         raise ValueError(f"{file}, line {number + 1}: {type(error).__name__}: {error}") from None
-    return Case(images, prompt, answer)
+    return Case(images, prompt, None if answer is None else str(answer))
 
 
 def _require(cases: list[Case], n: int, name: str) -> list[Case]:

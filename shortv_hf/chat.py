@@ -18,6 +18,7 @@ from transformers.image_utils import load_image
 
 from .configuration_shortv import ShortVLlavaConfig, ShortVLlavaNextConfig
 from .modeling_shortv import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
+from .visual_reduction import FastV
 
 
 MODEL_CLASSES = (
@@ -91,7 +92,8 @@ def load_images(names: list[str]) -> list:
             images.append(load_image(str(name)).convert("RGB"))
         except Exception as error:  # as many kinds as there are broken files and servers
             missing = "://" not in str(name) and not Path(name).exists()
-            reason = "no such file" if missing else f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
+            first_line = (str(error).splitlines() or [""])[0][:100]
+            reason = "no such file" if missing else f"{type(error).__name__}: {first_line}"
             raise ValueError(f"cannot read the image {name}: {reason}") from None
     return images
 
@@ -179,9 +181,15 @@ class Conversation:
 
     @torch.inference_mode()
     def ask(self, prompt: str, images: list = (), on_text: Callable[[str], None] | None = None) -> Answer:
-        """Ask the next question, about `images` too if there are new ones. Greedy decoding."""
+        """Ask the next question, about `images` too if there are new ones. Greedy decoding.
+
+        Raises:
+            ValueError: for new images in a later turn while FastV is on.
+        """
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
         messages = [*self.messages, {"role": "user", "content": content}]
+        if images and self.messages and isinstance(self.model.model._active_reduction(), FastV):
+            raise ValueError("fastv chooses tokens at the end of a prompt; a new picture needs a new conversation")
         self._images += images
         inputs = self._encode(messages, images)
         stream = _Stream(self.processor, on_text)
@@ -209,6 +217,8 @@ class Conversation:
         # What the template makes of the conversation up to the end of this answer
         text = self.processor.apply_chat_template(self.messages, add_generation_prompt=False)
         self._text = text[: text.rindex(answer) + len(answer)]
+        if not answer:
+            self._text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         return Answer(
             text=answer,
             token_ids=token_ids,

@@ -19,7 +19,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from . import __version__
 from .chat import MODEL_CLASSES
-from .hub import code_files
+from .hub import code_files, find_code
 from .model_card import is_commit, is_hub_id
 
 
@@ -77,10 +77,11 @@ def check_files(folder: str | Path, without_weights: bool = False) -> list[Check
         ("base", lambda: _check_base(folder, without_weights)),
         ("code files", lambda: _check_code(folder)),
         ("imports", lambda: _check_imports(folder)),
+        ("other code", lambda: _check_other_code(folder)),
     ):
         try:
             checks.append(Check(name, note=check()))
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # configs can be malformed in ways that have kinds of their own
             checks.append(Check(name, problem=_first_line(error)))
     return checks
 
@@ -142,6 +143,12 @@ def _check_config(folder: Path) -> str:
 def _check_base(folder: Path, without_weights: bool) -> str:
     raw = _read_config(folder)
     base, revision = raw.get("base_model_name_or_path"), raw.get("base_model_revision")
+    weights = [file.name for file in sorted(folder.rglob("*")) if file.suffix in WEIGHTS]
+    pickles = [name for name in weights if not name.endswith(".safetensors")]
+    if pickles:
+        raise ValueError(f"the repo holds weights that are not safetensors: {', '.join(pickles)}")
+    if base is not None and weights:
+        raise ValueError(f"the repo references the weights of {base} and holds some itself: {', '.join(weights)}")
     if base is None:
         if not (without_weights or any(folder.glob("*.safetensors"))):
             raise ValueError("the repo references no base checkpoint, and holds no safetensors of its own")
@@ -173,6 +180,19 @@ def _check_imports(folder: Path) -> str:
     if found - ALLOWED_IMPORTS:
         raise ValueError(f"code imports {', '.join(sorted(found - ALLOWED_IMPORTS))}")
     return "torch, transformers and the standard library"
+
+
+def _check_other_code(folder: Path) -> str:
+    """That no JSON file but `config.json` names code, which `trust_remote_code=True` would run, from here or elsewhere."""
+    for file in sorted(folder.rglob("*.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if file == folder / "config.json":
+            content = {
+                name: value for name, value in content.items() if name != "auto_map"
+            }  # `_check_config` compares it
+        if named := find_code(content):
+            raise ValueError(f"{file.name} names code to run: {named}")
+    return "no other file names code"
 
 
 def _check_pinned_commit(folder: Path) -> Check:

@@ -1,5 +1,6 @@
 """The `shortv` command. Needs the `cli` extra."""
 
+import os
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -224,18 +225,21 @@ def lc(
     if save_model is not None and save_model.resolve() == Path(model).resolve():
         raise ValueError(f"--save-model {save_model} is the checkpoint itself; name another directory")
     plots.check_matplotlib()
+    config = _load_config(model)
+    lcs.check_choices(metric, kl=kl)
+    lcs.check_budget(config, num_layers, flops_ratio, max_kl)
 
     loaded, processor = chat.load(model, None, device, dtype)
-    inputs = list(calibration_data.load_samples(data, processor, samples, seed))
+    inputs = calibration_data.Samples(data, processor, samples, seed)
     options = {"kl": kl, "seed": seed, "data": f"{data}, {samples} each, seed {seed}"}
     ranking = lcs.rank_layers(loaded, inputs, metric, **options)
+    output.mkdir(parents=True, exist_ok=True)
+    ranking.save(output / "ranking.json")  # now: what follows can still fail
     scores = {"visual tokens": ranking.scores}
     if text and metric in ("lc", "cosine"):
         scores["text tokens"] = lcs.rank_layers(loaded, inputs, metric, "text", **options).scores
     n = lcs.choose_num_layers(loaded, inputs, ranking, num_layers, flops_ratio, max_kl, kl) if given else None
 
-    output.mkdir(parents=True, exist_ok=True)
-    ranking.save(output / "ranking.json")
     plots.plot_layer_scores(scores, SCORE_LABELS[metric], output / "layer_scores.png")
     _print_ranking(ranking, scores, n)
     print(f"{output}: ranking.json, layer_scores.png")
@@ -246,10 +250,11 @@ def lc(
         print(f"freezes {n} of {len(ranking.order)} layers, joint KL {cost:.3g} nats: {layers}")
         if ranking.text_tokens is not None:
             t, v = ranking.text_tokens, ranking.visual_tokens
-            share = ratio_of_flops(t, v, loaded.config)
+            share = ratio_of_flops(t, v, config, N=n)
             print(f"{share:.1%} of the prefill's FLOPs at the samples' t = {t:.0f} text and v = {v:.0f} visual tokens")
     if save_model is not None:
-        _write_repo(model, loaded.config, save_model)
+        config.shortv_layers = ranking.layers(n)  # the rest, dtype above all, stays the checkpoint's
+        _write_repo(model, config, save_model)
         print(f"{save_model}: a repo that freezes these layers")
 
 
@@ -437,11 +442,15 @@ def serve(
 
 
 def main():
-    """Entry point: errors that a user can mend are one line, without a traceback."""
+    """Entry point: errors are one line, without a traceback unless SHORTV_TRACEBACK is set."""
     try:
         app()
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"shortv: {str(error).splitlines()[0]}") from None
+    except Exception as error:
+        if os.environ.get("SHORTV_TRACEBACK"):
+            raise
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise SystemExit(f"shortv: {kind}{lines[0]}") from None
 
 
 if __name__ == "__main__":

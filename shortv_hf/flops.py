@@ -77,6 +77,9 @@ def kept_visual_tokens(v: int, visual_reduction: dict | None, config=None, *, ke
         ValueError: for a bad method or option, if `kept` is needed and missing, or if it is not in 0..v.
     """
     reduction = _parse(visual_reduction, v, config)
+    if kept is not None and (reduction is None or isinstance(reduction, DecoderReduction)):
+        method = "no method" if reduction is None else reduction.method
+        raise ValueError(f"kept is {kept}; with {method}, the options say how many visual tokens stay")
     if kept is not None:
         if not 0 <= kept <= v:
             raise ValueError(f"kept is {kept}; of {v} visual tokens, the valid range is 0 to {v}")

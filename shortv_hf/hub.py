@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -44,6 +45,20 @@ def code_files() -> list[Path]:
     return sorted(found)
 
 
+def find_code(content) -> str | None:
+    """What in a JSON file's content makes Transformers run code with `trust_remote_code=True` or fetch kernels."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            if name == "auto_map" and value:
+                return f"auto_map {value}"
+            if name in ("_attn_implementation", "attn_implementation") and "/" in str(value):
+                return f"{name} {value}"
+    for part in content.values() if isinstance(content, dict) else content if isinstance(content, list) else ():
+        if found := find_code(part):
+            return found
+    return None
+
+
 def build_repo(
     config: PretrainedConfig,
     output_dir: str | Path,
@@ -81,6 +96,9 @@ def build_repo(
         processor_files = [file for file in processor_files if file.is_file()]
         if not any(file.name in PROCESSOR_FILES for file in processor_files):
             raise ValueError(f"{processor_dir} holds no processor files ({', '.join(PROCESSOR_FILES)})")
+        for file in processor_files:
+            if file.suffix == ".json" and (named := find_code(json.loads(file.read_text(encoding="utf-8")))):
+                raise ValueError(f"{file} names code to run, which a ShortV repo must not: {named}")
         files += processor_files
     base, base_revision = config.base_model_name_or_path, config.base_model_revision
     config = copy.deepcopy(config)
@@ -93,12 +111,13 @@ def build_repo(
         config.base_model_name_or_path = config.base_model_revision = None
 
     output_dir = Path(output_dir)
+    name = output_dir.resolve().name
+    card = reference_card(config, name, base=base, base_revision=base_revision, license=license)
     output_dir.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(output_dir)
     for file in files:
         if file.absolute().parent.resolve() != output_dir.resolve():
             shutil.copyfile(file, output_dir / file.name)
-    card = reference_card(config, output_dir.resolve().name, base=base, base_revision=base_revision, license=license)
     (output_dir / "README.md").write_text(str(card), encoding="utf-8")
     return output_dir
 

@@ -13,7 +13,8 @@ in nats, at the last position of the prompt, averaged over samples. Layers with 
     ranking.save("ranking.json")
 
 A frozen pass equals the dense pass up to its frozen layer, so it starts from the dense pass's input to that layer: about
-half the cost of L + 1 passes. Samples are looked at one after another; nothing but their scores is kept.
+half the cost of L + 1 passes. Samples are looked at one after another; nothing but their scores is kept. (Greedy ranking
+goes through them L + 1 times: give it something that can be iterated again, such as `calibration_data.Samples`.)
 """
 
 import hashlib
@@ -125,7 +126,8 @@ def rank_layers(
     Args:
         model: a ShortV model; what it freezes at the moment does not count.
         samples: model inputs as a processor returns them (`input_ids` `[B, S]`, `pixel_values`, ...), text rows without
-            images allowed, padding on the left. Every row of a batch is a sample. Not needed for "random".
+            images allowed (they count as 0 in "lc" and not at all in "cosine"), padding on either side. Every row of a
+            batch is a sample. Not needed for "random".
         metric: "lc" (paper Section 2.2); "greedy" (ours: each next layer is the one whose joint freezing with those
             chosen before costs least KL; about L/2 times the cost of "lc"); "cosine" (Table 6: mean cosine similarity
             between a layer's input and output); "random" (seeded).
@@ -136,12 +138,10 @@ def rank_layers(
         layers_per_batch: how many candidate layers share a forward pass. Changes memory and speed only.
 
     Raises:
-        ValueError: for an unknown metric, tokens or kl, a model that is not a ShortV model, no samples, or a sample in
-            which the tokens to freeze are missing.
+        ValueError: for an unknown metric, tokens or kl, a model that is not a ShortV model, no samples, or no visual
+            token in any of them.
     """
-    for name, value, valid in (("metric", metric, METRICS), ("tokens", tokens, TOKENS), ("kl", kl, KL_DIRECTIONS)):
-        if value not in valid:
-            raise ValueError(f"unknown {name} {value!r}; use one of {', '.join(valid)}")
+    check_choices(metric, tokens, kl)
     _check_model(model)
     ranking = {
         "metric": metric,
@@ -175,6 +175,13 @@ def rank_layers(
     return LayerRanking(scores=scores, order=order, sample_scores=sample_scores, **ranking, **summary.fields(tokens))
 
 
+def check_choices(metric: str = "lc", tokens: str = "visual", kl: str = "forward"):
+    """Raises `ValueError` for an unknown metric, tokens or KL direction."""
+    for name, value, valid in (("metric", metric, METRICS), ("tokens", tokens, TOKENS), ("kl", kl, KL_DIRECTIONS)):
+        if value not in valid:
+            raise ValueError(f"unknown {name} {value!r}; use one of {', '.join(valid)}")
+
+
 def joint_kl(
     model: PreTrainedModel,
     samples: Iterable[dict],
@@ -196,7 +203,14 @@ def joint_kl_curve(
     tokens: str = "visual",
     visual_reduction: dict | None = None,
 ) -> list[float]:
-    """[`joint_kl`] of several sets of layers, with one dense pass per sample."""
+    """[`joint_kl`] of several sets of layers, with one dense pass per sample.
+
+    Raises:
+        ValueError: for bad arguments, no samples, or a reduction with other tokens than "visual".
+    """
+    check_choices(tokens=tokens, kl=kl)
+    if visual_reduction is not None and tokens != "visual":
+        raise ValueError(f"a reduction drops visual tokens; it does not go with freezing {tokens} tokens")
     _check_model(model)
     values = []
     for sample in progress(samples, "joint KL"):
@@ -240,10 +254,20 @@ def choose_by_kl(
     Raises:
         ValueError: if `max_kl` is negative.
     """
-    if max_kl < 0:
-        raise ValueError(f"max_kl is {max_kl}; a KL divergence is 0 or more")
+    check_budget(model.config, max_kl=max_kl)
     curve = joint_kl_curve(model, samples, [ranking.layers(n) for n in range(len(ranking.order) + 1)], kl)
     return max(n for n, value in enumerate(curve) if n == 0 or value <= max_kl), curve
+
+
+def check_budget(config, num_layers: int | None = None, flops_ratio: float | None = None, max_kl: float | None = None):
+    """Raises `ValueError` for what no ranking of a model with this config can meet; before the ranking, not after."""
+    n_layers = config.text_config.num_hidden_layers
+    if num_layers is not None and not 0 <= num_layers <= n_layers:
+        raise ValueError(f"cannot freeze {num_layers} layers: the model has {n_layers}")
+    if flops_ratio is not None and not 0 < flops_ratio <= 1:
+        raise ValueError(f"flops_ratio is {flops_ratio}; the valid range is above 0 up to 1")
+    if max_kl is not None and not max_kl >= 0:
+        raise ValueError(f"max_kl is {max_kl}; a KL divergence is 0 or more")
 
 
 def choose_num_layers(
@@ -277,8 +301,9 @@ def frozen_tokens(model: PreTrainedModel, layers: list[int], tokens: str = "visu
     queries and pass the FFN. "all": the layer is skipped. With "text" and "all", generate with `use_cache=False`: a
     generated token is text too, and the frozen pass needs the whole sequence.
     """
-    if tokens not in TOKENS:
-        raise ValueError(f"unknown tokens {tokens!r}; use one of {', '.join(TOKENS)}")
+    check_choices(tokens=tokens)
+    if tokens != "visual" and model.config.visual_reduction is not None:
+        raise ValueError(f"a reduction drops visual tokens; it does not go with freezing {tokens} tokens")
     before = model.config.shortv_layers
     model.set_shortv_layers(layers)  # checks the ids
     with ExitStack() as stack:
@@ -409,14 +434,14 @@ class _Trace:
 def _rank_greedily(model, summary, samples, tokens, kl, layers_per_batch):
     """Scores and order: layer by layer, the one whose freezing beside those chosen before costs least joint KL."""
     with _measuring(model):
-        samples = [summary.add(model, sample) for sample in samples or ()]
-        dense = [last_logits(model, sample).cpu() for sample in samples]
+        samples = () if samples is None else samples if hasattr(samples, "__len__") else list(samples)
+        dense = [last_logits(model, summary.add(model, sample)).cpu() for sample in samples]
         scores, order = {}, []
         left = list(range(model.config.text_config.num_hidden_layers))
         for _ in progress(range(len(left)), f"greedy, {tokens} tokens"):
             totals = torch.zeros(len(left), dtype=torch.float64)
             for sample, target in zip(samples, dense, strict=True):
-                trace = _Trace(model, sample, order, tokens)
+                trace = _Trace(model, to_device(model, sample), order, tokens)
                 totals += trace.divergences(left, target.to(trace.logits.device), kl, layers_per_batch).sum(1).cpu()
             best = int(totals.argmin())
             scores[left[best]] = float(totals[best] / max(1, summary.rows))

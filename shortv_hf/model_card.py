@@ -132,7 +132,7 @@ def reference_card(
         _loading(name, "float16"),
         _trust(name),
         "## Results\n\n" + "\n\n".join(_results(config, base, of_the_paper, measured)),
-        _limits(),
+        _limits(config),
         f"## License and citation\n\nThe code in this repo is under Apache 2.0{license_note}.\n\n"
         f"```bibtex\n{CITATION}\n```",
     ]
@@ -187,7 +187,7 @@ def demo_card(config: PretrainedConfig, name: str, results: dict, picture: str |
         f"right; greedy decoding), measured by this project's `scripts/train_shapes_vlm.py --export`:\n\n"
         + _table(["question type", *columns.values()], rows)
         + (f"\n\nTraining:\n{training}" if training else ""),
-        _limits(),
+        _limits(config),
         f"## License and citation\n\nCode and weights are under Apache 2.0.\n\n```bibtex\n{CITATION}\n```",
     ]
     return _card(data, sections)
@@ -214,10 +214,11 @@ def _loading(name: str, dtype: str) -> str:
     return f"""\
 ## Load it
 
-On Transformers 5.x and 4.57, with `torch` and `pillow` beside them:
+On Transformers 5.x and 4.57, with `torch`, `pillow` and `accelerate` beside them:
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.image_utils import load_image
 
 repo = "ORG/{name}"
 revision = "main"  # better: the hash of the commit whose code you have read
@@ -226,6 +227,7 @@ model = AutoModelForImageTextToText.from_pretrained(
 )
 processor = AutoProcessor.from_pretrained(repo, revision=revision, trust_remote_code=True)
 
+image = load_image("photo.jpg")  # a path or a URL
 messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]}}]
 prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
 inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.device, model.dtype)
@@ -250,8 +252,11 @@ To run none of it, install the package: after `import shortv_hf` the same lines 
 
 
 def _results(config: PretrainedConfig, base: str | None, of_the_paper: bool, measured: list[dict]) -> list[str]:
-    v = 2880 if config.base_model_type == "llava_next" else 576
-    dense, sparse = prefill_flops(64, v, config, N=0), prefill_flops(64, v, config)
+    n = len(config.shortv_layers)
+    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    v = 5 * patches if config.base_model_type == "llava_next" else patches  # NeXT: an overview and 2 x 2 tiles
+    dense, sparse = prefill_flops(64, v, config, N=0), prefill_flops(64, v, config, N=n)
+    unit, scale = ("TFLOPs", 1e12) if dense > 1e11 else ("GFLOPs", 1e9)
     parts = []
     if of_the_paper:
         _, without, with_shortv, speed_up = PAPER[base]
@@ -267,7 +272,8 @@ def _results(config: PretrainedConfig, base: str | None, of_the_paper: bool, mea
         )
     parts.append(
         f"**Computed** (Eq. 3-5 of the paper): the language model's prefill of 64 text and {v} visual tokens takes "
-        f"{sparse / 1e12:.2f} instead of {dense / 1e12:.2f} TFLOPs, {flops_ratio(64, v, config):.1%}."
+        f"{sparse / scale:.2f} instead of {dense / scale:.2f} {unit}, {flops_ratio(64, v, config, N=n):.1%}"
+        f"{'.' if config.visual_reduction is None else ', by the frozen layers alone.'}"
     )
     rows = []
     for report in measured:
@@ -301,11 +307,14 @@ def _results(config: PretrainedConfig, base: str | None, of_the_paper: bool, mea
     return parts
 
 
-def _limits() -> str:
-    return """\
+def _limits(config: PretrainedConfig) -> str:
+    cache = "Only the prefill gets cheaper; decoding steps and the KV cache are those of the dense model."
+    if config.visual_reduction is not None:
+        cache = "Frozen layers make the prefill cheaper; dropped visual tokens shorten the KV cache too. Answers can differ."
+    return f"""\
 ## Limits
 
-- Only the prefill gets cheaper; decoding steps and the KV cache are those of the dense model.
+- {cache}
 - What is right or wrong about the base model's answers stays so; freezing layers can add errors. Check it on your task.
 - Inference in batches works with padding on either side; compiled graphs of several rows save nothing."""
 

@@ -3,3 +3,5 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test may reach for the real Hub
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread per worker, also in the processes that tests start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")

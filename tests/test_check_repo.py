@@ -29,7 +29,8 @@ def edit_config(repo, **fields):
 
 def test_a_built_repo_is_in_order(repo):
     checks = check_files(repo)
-    assert not problems(repo) and [check.name for check in checks] == ["config", "base", "code files", "imports"]
+    assert not problems(repo)
+    assert [check.name for check in checks] == ["config", "base", "code files", "imports", "other code"]
     assert "shortv_llava, layers [3, 1] of 4 frozen" in str(checks[0]) and "org/base at 0123456789" in str(checks[1])
 
 
@@ -66,6 +67,41 @@ def test_code(repo):
     assert problems(repo)["code files"] == "decoder_layer.py is missing"
 
 
+@pytest.mark.parametrize("file", ["processor_config.json", "tokenizer_config.json", "preprocessor_config.json"])
+def test_code_that_other_files_name_is_refused(repo, tmp_path, file):
+    """`trust_remote_code=True` would run it, wherever it is: here, and when a repo is built from such a checkpoint."""
+    content = json.loads((repo / file).read_text()) if (repo / file).is_file() else {}
+    (repo / file).write_text(json.dumps({**content, "auto_map": {"AutoProcessor": "other/repo--code.Processor"}}))
+    assert f"{file} names code to run: auto_map" in problems(repo)["other code"]
+    with pytest.raises(ValueError, match=f"{file} names code to run"):
+        build_repo(make_config(shortv_layers=[1]), tmp_path / "again", repo)
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize(
+    "fields", [{"_attn_implementation": "other/kernel"}, {"text_config": {"auto_map": {"A": "b"}}}]
+)
+def test_code_in_the_config_is_refused(repo, fields):
+    config = json.loads((repo / "config.json").read_text())
+    nested = {
+        name: {**config.get(name, {}), **value} if isinstance(value, dict) else value for name, value in fields.items()
+    }
+    edit_config(repo, **nested)
+    assert "config.json names code to run" in problems(repo)["other code"]
+
+
+def test_weights_beside_a_reference_are_refused(repo):
+    (repo / "model.safetensors").write_bytes(b"")
+    assert "holds some itself: model.safetensors" in problems(repo)["base"]
+    (repo / "pytorch_model.bin").write_bytes(b"")
+    assert "not safetensors: pytorch_model.bin" in problems(repo)["base"]
+
+
+def test_malformed_config(repo):
+    (repo / "config.json").write_text("[]")
+    assert {"config", "base"} <= problems(repo).keys()
+
+
 def test_changed_code_is_not_run(tmp_path):
     repo = tmp_path / "repo"
     make_model().save_pretrained(repo)
@@ -91,7 +127,7 @@ def test_trial_of_a_self_contained_repo(tmp_path):
     repo = build_repo(config, tmp_path / "repo", processor_dir=base, weights_dir=base)
     checks = check_repo(str(repo))
     assert [str(check) for check in checks if check.problem] == []
-    assert [check.name for check in checks][5:] == [
+    assert [check.name for check in checks][6:] == [
         "loads in a fresh process", "weights", "text-only prompt", "image prompt",
     ]  # fmt: skip
-    assert "none missing" in checks[6].note and "4 out" in checks[8].note
+    assert "none missing" in checks[7].note and "4 out" in checks[9].note

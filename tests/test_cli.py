@@ -187,7 +187,9 @@ def test_lc_of_a_repo_with_its_own_weights(base, tmp_path):
         (("--num-layers", 2, "--max-kl", 1), "--num-layers and --max-kl exclude each other"),
         (("--save-model", "repo"), "--save-model needs one of"),
         (("--num-layers", 5), "cannot freeze 5 layers"),
-        (("--flops-ratio", 0.01), "out of reach"),
+        (("--flops-ratio", 1.5), "flops_ratio is 1.5"),
+        (("--max-kl", -1), "max_kl is -1"),
+        (("--kl", "both"), "unknown kl"),
         (("--metric", "norm"), "unknown metric"),
         (("--data", "vqav2"), "unknown data"),
     ],
@@ -197,3 +199,26 @@ def test_lc_refuses(base, tmp_path, arguments, message):
     result = invoke("lc", base, "--data", data, "--samples", 1, "--output", tmp_path / "out", *arguments)
     assert result.exit_code == 1 and message in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_lc_keeps_the_ranking_when_the_budget_is_out_of_reach(base, tmp_path):
+    base, data = base
+    arguments = ("--data", data, "--samples", 1, "--no-text", "--flops-ratio", 0.01, "--save-model", tmp_path / "repo")
+    result = invoke("lc", base, *arguments, "--output", tmp_path / "out")
+    assert result.exit_code == 1 and "out of reach" in str(result.exception)
+    assert LayerRanking.load(tmp_path / "out" / "ranking.json").order and not (tmp_path / "repo").exists()
+
+
+def test_lc_measures_in_one_dtype_and_saves_the_checkpoints(tmp_path):
+    """Nor does a reduction method in the config stand in the way: layers are ranked without it."""
+    model = make_model(visual_reduction={"method": "prumerge"}).half()
+    model.save_pretrained(tmp_path / "own")
+    write_processor(tmp_path / "own")
+    result = invoke(
+        "lc", tmp_path / "own", "--data", "shapes", "--samples", 1, "--no-text", "--num-layers", 2, "--dtype",
+        "float32", "--output", tmp_path / "out", "--save-model", tmp_path / "repo",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "repo" / "config.json").read_text())
+    assert config["dtype"] == "float16" and config["visual_reduction"] == {"method": "prumerge"}
+    assert len(config["shortv_layers"]) == 2

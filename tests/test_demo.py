@@ -60,7 +60,7 @@ def test_frozen_layers_come_from_the_ranking(demo):
     assert model.config.shortv_layers == RESULTS["frozen_layers"] == ranking.layers(n) and n >= 6
     again = rank_layers(model, load_samples("shapes", processor, 20))
     assert again.order[0] == ranking.order[0] == 11  # what the last layer makes of visual tokens is read by nothing
-    assert set(again.layers(n)) & set(ranking.layers(n)) >= {11} and again.order[-1] == ranking.order[-1]
+    assert len(set(again.layers(n)) & set(ranking.layers(n))) >= n - 1 and again.order[-1] == ranking.order[-1]
 
 
 def test_answers_about_a_picture_that_no_generator_made(demo):

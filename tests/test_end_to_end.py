@@ -132,7 +132,7 @@ def test_check_repo(world):
     code, output, _ = world.shell("check-repo", "me/shortv")
     assert code == 0, output
     lines = output.splitlines()
-    assert len(lines) == 10 and lines[-1] == "me/shortv: in order" and all(line[:5] == "ok   " for line in lines[:-1])
+    assert len(lines) == 11 and lines[-1] == "me/shortv: in order" and all(line[:5] == "ok   " for line in lines[:-1])
     assert "9 files, equal to those of shortv_hf" in output and f"org/base at {world.pinned}" in output
     assert "none missing" in output and "4 out" in output
 
