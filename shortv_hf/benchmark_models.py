@@ -11,6 +11,7 @@ from transformers import (
 )
 
 from .configuration_shortv import SHORTV_FIELDS, ShortVLlavaConfig
+from .flops import kept_visual_tokens
 from .modeling_shortv import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
 from .paper_models import PAPER_MODELS
 
@@ -87,9 +88,8 @@ class Method:
         """Visual tokens of each decoder layer, of `v` in the prompt, and whether the layer freezes them."""
         counts = [v] * n_layers
         if self.visual_reduction is not None:
-            kept = {"fastv": lambda: round(v * (1 - self.visual_reduction["ratio"])), "vtw": lambda: 0}
             first = self.visual_reduction["k"]
-            counts[first:] = [kept[self.visual_reduction["method"]]()] * (n_layers - first)
+            counts[first:] = [kept_visual_tokens(v, self.visual_reduction)] * (n_layers - first)
         return [(count, i in (self.shortv_layers or ())) for i, count in enumerate(counts)]
 
 
