@@ -19,13 +19,13 @@ class FreezePlan:
         text_positions: `[B, T]`, the positions of each row's text tokens in order. Rows with fewer than T are filled
             with other positions of the row, which are computed and not written back.
         is_text: `[B, T]` bool, False at the fillers; `None` when there are none.
-        chunk_length: S.
+        visual_mask: `[B, S]` bool, the positions that hold image features.
     """
 
     layers: frozenset[int]
     text_positions: torch.Tensor
     is_text: torch.Tensor | None
-    chunk_length: int
+    visual_mask: torch.Tensor
     _shared: dict = field(default_factory=dict)  # what is equal in all layers, computed by the first that asks
 
     @classmethod
@@ -56,19 +56,27 @@ class FreezePlan:
             exact = min(counts) == max_text_tokens
         # Stable: text tokens first, in order. Fillers are then distinct positions, so that gradients are right.
         positions = (~is_text).to(torch.uint8).argsort(dim=1, stable=True)[:, :max_text_tokens]
+        # Not a view: a compiled text model would guard on its strides, hence on S.
+        positions = positions.clone(memory_format=torch.contiguous_format)
         return cls(
             layers=frozenset(layers),
             text_positions=positions,
             is_text=None if exact else is_text.gather(1, positions),
-            chunk_length=visual_mask.shape[1],
+            visual_mask=visual_mask,
         )
+
+    @property
+    def chunk_length(self) -> int:
+        """S, read off a tensor: compiled graphs are specialised to an int, not to a shape."""
+        return self.visual_mask.shape[1]
 
     def _positions(self, device: torch.device) -> torch.Tensor:
         return self.text_positions.to(device)  # layers can live on several devices
 
     def select_text(self, states: torch.Tensor) -> torch.Tensor:
         """Rows of the text tokens: `[B or 1, S, d]` → `[B, T, d]`."""
-        return torch.take_along_dim(states, self._positions(states.device)[..., None], dim=1)
+        index = self._positions(states.device)[..., None].expand(-1, -1, states.shape[-1])
+        return states.expand(index.shape[0], -1, -1).gather(1, index)
 
     def write_text(self, states: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
         """A copy of `states` `[B, S, d]` with `text` `[B, T, d]` at the text positions."""
@@ -93,7 +101,8 @@ class FreezePlan:
 
     def select_rows(self, weights: torch.Tensor) -> torch.Tensor:
         """Rows of the text tokens: `[B, heads, S, keys]` → `[B, heads, T, keys]`."""
-        return torch.take_along_dim(weights, self._positions(weights.device)[:, None, :, None], dim=2)
+        index = self._positions(weights.device)[:, None, :, None]
+        return weights.gather(2, index.expand(-1, weights.shape[1], -1, weights.shape[-1]))
 
     def text_mask(self, attention, attention_mask, key, past_key_values, position_ids) -> torch.Tensor:
         """The rows of the causal mask at the text positions, `[B, 1, T, keys]`; never an `[S, S]` mask.
@@ -124,8 +133,8 @@ class FreezePlan:
         n_keys, device = key.shape[2], key.device
         queries = self._positions(device)[:, None, :, None]
         if torch.is_tensor(attention_mask) and attention_mask.ndim == 4:
-            rows = attention_mask[..., :n_keys].expand(-1, -1, self.chunk_length, -1)
-            rows = torch.take_along_dim(rows, queries, dim=2)
+            rows = attention_mask[..., :n_keys].expand(queries.shape[0], -1, self.chunk_length, -1)
+            rows = rows.gather(2, queries.expand(-1, rows.shape[1], -1, n_keys))
         elif hasattr(attention_mask, "mask_mod"):  # BlockMask
             row_ids = torch.arange(queries.shape[0], device=device)[:, None, None, None]
             keys = torch.arange(n_keys, device=device)

@@ -155,3 +155,29 @@ def test_flex_attention():
             pytest.skip(f"stock LLaVA cannot run flex attention here: {type(error).__name__}")
         actual = model(**inputs).logits
     torch.testing.assert_close(actual[keep], expected[keep], atol=1e-4, rtol=1e-4)
+
+
+def test_compiled_text_model_takes_other_prompts_without_a_new_graph():
+    """The plan is made outside the graph: exact for any family and batch, and only shapes change with the prompt."""
+    model = make_model("llava_next", shortv_layers=LAYERS)
+    stock = make_stock(model)
+    prompts = [["ttIt"], ["tIttt"], ["tttttttIt"], ["tItItt"], ["tIt", "tttIttt"], ["ttttIt", "tIttt"], ["ttIt"]]
+    expected = []
+    with torch.no_grad():
+        for rows in prompts:
+            expected.append(model(**make_inputs(model, rows)).logits)
+    graphs = {}
+    for each in (stock, model):
+        torch._dynamo.reset()
+        backend = torch._dynamo.testing.CompileCounter()
+        each.model.language_model.compile(dynamic=True, backend=backend)
+        frames = graphs[type(each)] = []
+        for rows, logits in zip(prompts, expected, strict=True):
+            inputs = make_inputs(model, rows)
+            with torch.no_grad():
+                output = each(**inputs)
+            frames.append(backend.frame_count)
+            if each is model:
+                keep = inputs["attention_mask"].bool()
+                torch.testing.assert_close(output.logits[keep], logits[keep], atol=1e-4, rtol=1e-4)
+    assert graphs[type(model)] == graphs[type(stock)] == [1, 1, 1, 1, 2, 2, 2]
