@@ -14,7 +14,8 @@ prompt, there are a Markdown table and, where several numbers of frozen layers w
 Memory of long prompts, without timing: `--images 5 10 20 35 --repeats 0 --methods shortv --num-layers 10`.
 Time to load a checkpoint: `--loading`.
 
-How it measures: all methods take turns in every repetition, so that drift hits all of them; medians with quartiles.
+How it measures: all methods take turns in every repetition, so that drift hits all of them; medians with quartiles, and
+speed-ups as the median of the ratios within a repetition.
 Methods run in eager mode; those that `--compile` names run a second time with text model and vision tower compiled by
 torch, each in a graph of its own: outside them, ShortV can plan with the exact number of text tokens. A speed-up is over
 the faster mode of the stock class. Decoding is measured in eager mode only, since the cache grows from step to step.
@@ -41,6 +42,7 @@ from .roofline import Peak, device_peak, prefill_seconds
 
 WARM_UP = {"cpu": 1, "cuda": 3}  # rounds; on CUDA, a compiled forward records its graph in the second
 COMPILED = {"cpu": {"dynamic": False}, "cuda": {"dynamic": False, "mode": "reduce-overhead"}}  # of torch.compile
+DYNAMIC = {"dynamic": True}
 RECOMPILE_LIMIT = 64  # one graph per method is meant, not a sign of trouble
 
 
@@ -58,9 +60,11 @@ class Bench:
     Args:
         subject: the model to measure.
         device, dtype: of weights and inputs.
+        dynamic: compile graphs that serve prompts of any shape.
     """
 
-    def __init__(self, subject, device: torch.device, dtype: torch.dtype):
+    def __init__(self, subject, device: torch.device, dtype: torch.dtype, dynamic: bool = False):
+        self.compile_options = DYNAMIC if dynamic else COMPILED[device.type]
         self.stock, self.shortv = build_models(subject.config, device, dtype)
         self.n_layers = subject.config.text_config.num_hidden_layers
         self._compiled = {}
@@ -89,7 +93,7 @@ class Bench:
         parts = (model.model.vision_tower, model.model.language_model) if variant.mode == "compiled" else ()
         for part in parts:
             if part not in self._compiled:
-                self._compiled[part] = torch.compile(part.forward, **COMPILED[model.device.type])
+                self._compiled[part] = torch.compile(part.forward, **self.compile_options)
             part.forward = self._compiled[part]
         try:
             yield model
@@ -184,7 +188,7 @@ def measure_prompt(bench: Bench, variants: list[Variant], inputs: dict, repeats:
                 "shortv_layers": None if method == STOCK else list(method.shortv_layers),
                 "visual_reduction": method.visual_reduction,
                 **profile,
-                "roofline_s": {"prefill": least, "time_to_first_token": least + rest},
+                "roofline_s": {"language_model": least, "time_to_first_token": least + rest},
                 "seconds": seconds,
             }
         )
@@ -199,7 +203,7 @@ def conditions(arguments, command: str, device: torch.device, peak: Peak) -> dic
         "threads": torch.get_num_threads(),
         "dtype": arguments.dtype,
         "attention": "sdpa",
-        "compiled": {**COMPILED[device.type], "methods": arguments.compile},
+        "compiled": {**(DYNAMIC if arguments.dynamic else COMPILED[device.type]), "methods": arguments.compile},
         "repeats": arguments.repeats,
         "peak_flops_per_s": peak.flops_per_s,
         "peak_bytes_per_s": peak.bytes_per_s,
@@ -251,6 +255,11 @@ def parse_arguments(arguments: list[str], program: str) -> argparse.Namespace:
         help="measured compiled as well: stock and ShortV at the paper's N (some, the default on cuda), all, or none "
         "(the default on the CPU)",
     )
+    add(
+        "--dynamic",
+        action="store_true",
+        help="compile one graph for prompts of any length, instead of one for each (on cuda, with CUDA graphs)",
+    )
     add("--repeats", type=_not_negative, default=5, help="timed rounds (default 5); 0: FLOPs and memory only")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
@@ -291,7 +300,7 @@ def main(arguments: list[str] | None = None, program: str = "shortv bench"):
 
     for name, subject in subjects.items():
         torch.manual_seed(0)
-        bench = Bench(subject, device, dtype)
+        bench = Bench(subject, device, dtype, arguments.dynamic)
         variants = variants_of(chosen[name], arguments.compile, len(subject.config.shortv_layers))
         for images in arguments.images or subject.images:
             for batch in arguments.batch:

@@ -42,17 +42,21 @@ def time_prefill(model, inputs: dict):
     """One forward pass of a prompt with images.
 
     Returns:
-        Seconds of `time_to_first_token`, the whole forward, and of `prefill`, the same without vision tower and
-        projector; and the cache. What a method does between the two (finding visual tokens, planning) counts.
+        Seconds of `time_to_first_token`, the whole forward; of `prefill`, the same without vision tower and projector,
+        in which what a method does between these and the text model (finding visual tokens, planning) counts; and of
+        `language_model`, the text model alone. And the cache.
     """
     watch = Stopwatch(model.device)
 
     def marking(name):
         return lambda *_: watch.mark(name)
 
+    parts = model.model
     hooks = [
-        model.model.vision_tower.register_forward_pre_hook(marking("vision")),
-        model.model.multi_modal_projector.register_forward_hook(marking("vision_end")),
+        parts.vision_tower.register_forward_pre_hook(marking("vision")),
+        parts.multi_modal_projector.register_forward_hook(marking("vision_end")),
+        parts.language_model.register_forward_pre_hook(marking("language_model")),
+        parts.language_model.register_forward_hook(marking("language_model_end")),
     ]
     try:
         watch.synchronize()
@@ -64,7 +68,12 @@ def time_prefill(model, inputs: dict):
         for hook in hooks:
             hook.remove()
     total = watch.seconds("start", "end")
-    return {"time_to_first_token": total, "prefill": total - watch.seconds("vision", "vision_end")}, cache
+    seconds = {
+        "time_to_first_token": total,
+        "prefill": total - watch.seconds("vision", "vision_end"),
+        "language_model": watch.seconds("language_model", "language_model_end"),
+    }
+    return seconds, cache
 
 
 def time_decoding(model, cache, tokens: torch.Tensor) -> float:

@@ -7,19 +7,22 @@ from pathlib import Path
 from . import plots
 
 
-STAGES = ("time_to_first_token", "prefill", "output_token")
-BOUNDED = {"time_to_first_token": "flops", "prefill": "language_model_flops"}
+STAGES = ("time_to_first_token", "prefill", "language_model", "output_token")
+BOUNDED = {"time_to_first_token": "flops", "language_model": "language_model_flops"}
 
 
-def summary(seconds: list[float]) -> dict:
-    """`{"median_s", "quartiles_s": [first, third]}` of measurements; of a single one, itself thrice."""
-    quartiles = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * seconds
-    return {"median_s": quartiles[1], "quartiles_s": quartiles[::2]}
+def summary(values: list[float]) -> tuple[float, list[float]]:
+    """The median, and the first and third quartile; of a single value, itself thrice."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else 3 * values
+    return median, [low, high]
 
 
 def add_speed_ups(rows: list[dict]) -> list[dict]:
     """The rows of one prompt, `seconds` and `roofline_s` replaced by stages: median, quartiles, `speed_up` over the
     faster mode of the stock class, the bounds of the speed-up, and its share of the FLOPs bound.
+
+    A speed-up is the median of the ratios within each repetition, in which all methods take turns: a machine that is
+    slower for some seconds is so for both sides of a ratio.
 
     Raises:
         ValueError: if the stock class, the baseline, is not among the rows.
@@ -32,10 +35,13 @@ def add_speed_ups(rows: list[dict]) -> list[dict]:
         row = dict(row)
         seconds, roofline = row.pop("seconds"), row.pop("roofline_s")
         for stage, values in seconds.items():
-            baseline = min(statistics.median(each["seconds"][stage]) for each in stock if stage in each["seconds"])
-            entry = summary(values)
-            entry["speed_up"] = baseline / entry["median_s"]
-            entry["speed_up_quartiles"] = [baseline / quartile for quartile in reversed(entry["quartiles_s"])]
+            baseline = min(
+                (each["seconds"][stage] for each in stock if stage in each["seconds"]), key=statistics.median
+            )
+            entry = {}
+            entry["median_s"], entry["quartiles_s"] = summary(values)
+            ratios = [theirs / ours for theirs, ours in zip(baseline, values, strict=True)]
+            entry["speed_up"], entry["speed_up_quartiles"] = summary(ratios)
             if stage in BOUNDED:
                 counted = BOUNDED[stage]
                 entry["bound"] = stock[0][counted] / row[counted]
@@ -43,8 +49,8 @@ def add_speed_ups(rows: list[dict]) -> list[dict]:
                 entry["share_of_bound"] = entry["speed_up"] / entry["bound"]
                 entry["share_of_roofline_bound"] = entry["speed_up"] / entry["roofline_bound"]
             row[stage] = entry
-        if "prefill" in row:
-            row["achieved_flops_per_s"] = row["language_model_flops"] / row["prefill"]["median_s"]
+        if "language_model" in row:
+            row["achieved_flops_per_s"] = row["language_model_flops"] / row["language_model"]["median_s"]
         finished.append(row)
     return finished
 
@@ -55,41 +61,45 @@ def markdown(report: dict) -> str:
     lines += [f"- {name}: {value}" for name, value in report["conditions"].items() if name != "command"]
     header = (
         "model", "v", "batch", "method", "mode", "time to first token, ms (quartiles)", "speed-up",
-        "bound (roofline)", "share of bound", "without vision tower, ms (quartiles)", "speed-up", "bound (roofline)",
-        "share of bound", "per output token, ms", "stock / this", "TFLOPs", "TFLOP/s", "peak memory, MB",
+        "bound (roofline)", "share of bound", "without vision tower, ms (quartiles)", "speed-up",
+        "language model alone, ms (quartiles)", "speed-up", "bound (roofline)", "share of bound",
+        "per output token, ms", "stock / this", "TFLOPs", "TFLOP/s", "peak memory, MB",
     )  # fmt: skip
     lines += ["", "| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
     lines += ["| " + " | ".join(_cells(row)) + " |" for row in report["results"]]
     lines += [
         "",
-        "Speed-ups are over the faster mode of the stock class. Bounds: what the counted FLOPs allow and, in brackets, "
-        "the roofline. TFLOPs are the language model's; peak memory is above weights and inputs, in eager mode.",
+        "Speed-ups are over the faster mode of the stock class: medians, and quartiles in brackets, of the ratios "
+        "within a repetition. Bounds: what the counted FLOPs allow and, in brackets, the roofline. TFLOPs and TFLOP/s "
+        "are the language model's; peak memory is above weights and inputs, in eager mode.",
     ]
     for each in report["skipped"]:
         where = f"{each['model']}, images {each['images']}, batch {each['batch']}"
         lines.append(f"- skipped: {each['method']}, {each['mode']} ({where}): {each['reason']}")
     for each in report["loading"]:
-        stock, shortv = (summary(each[name])["median_s"] for name in ("stock", "shortv"))
+        (stock, _), (shortv, _) = (summary(each[name]) for name in ("stock", "shortv"))
+        ratio, (low, high) = summary([b / a for a, b in zip(each["stock"], each["shortv"], strict=True)])
         lines.append(
-            f"- loading {each['model']}: stock {stock:.3f} s, ShortV {shortv:.3f} s, ratio {shortv / stock:.3f}"
+            f"- loading {each['model']}: stock {stock:.3f} s, ShortV {shortv:.3f} s, ratio {ratio:.3f} "
+            f"({low:.3f}–{high:.3f})"
         )
     return "\n".join(lines)
 
 
 def _cells(row: dict) -> list[str]:
     cells = [row["model"], str(row["visual_tokens"]), str(row["batch"]), row["method"], row["mode"]]
-    for stage in BOUNDED:
+    for stage in ("time_to_first_token", "prefill", "language_model"):
         if stage not in row:
-            cells += ["–"] * 4
+            cells += ["–"] * (4 if stage in BOUNDED else 2)
             continue
         entry = row[stage]
         low, high = (f"{1000 * quartile:.1f}" for quartile in entry["quartiles_s"])
-        cells += [
-            f"{1000 * entry['median_s']:.1f} ({low}–{high})",
-            f"{entry['speed_up']:.2f}×",
-            f"{entry['bound']:.2f}× ({entry['roofline_bound']:.2f}×)",
-            f"{entry['share_of_bound']:.0%}",
-        ]
+        slowest, fastest = entry["speed_up_quartiles"]
+        cells.append(f"{1000 * entry['median_s']:.1f} ({low}–{high})")
+        cells.append(f"{entry['speed_up']:.2f}× ({slowest:.2f}–{fastest:.2f})")
+        if stage in BOUNDED:
+            cells.append(f"{entry['bound']:.2f}× ({entry['roofline_bound']:.2f}×)")
+            cells.append(f"{entry['share_of_bound']:.0%}")
     if "output_token" in row:
         cells += [f"{1000 * row['output_token']['median_s']:.2f}", f"{row['output_token']['speed_up']:.3f}"]
     else:

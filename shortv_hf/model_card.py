@@ -316,7 +316,9 @@ def _limits(config: PretrainedConfig) -> str:
 
 - {cache}
 - What is right or wrong about the base model's answers stays so; freezing layers can add errors. Check it on your task.
-- Inference in batches works with padding on either side; compiled graphs of several rows save nothing."""
+- Inference in batches works with padding on either side.
+- To compile, compile the text model: `model.model.language_model.compile(dynamic=True)`. A graph of the whole forward
+  has to assume more text tokens than there are, except for one row of LLaVA-1.5."""
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
