@@ -6,7 +6,7 @@ On the CPU, float32, a small model, prompts of 576 and 2880 visual tokens:
 
 On a GPU, one command per model of the paper (llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b):
 
-    shortv bench --device cuda --dtype bfloat16 --models llava-1.5-7b --batch 1 4 8 --output llava-1.5-7b.json
+    shortv bench --device cuda --dtype bfloat16 --models llava-1.5-7b --batch 1 4 8 --repeats 15 --output llava-1.5-7b.json
 
 `python scripts/benchmark.py` in a checkout is the same. Beside the JSON file, which is written anew after every
 prompt, there are a Markdown table and, where several numbers of frozen layers were measured, a chart.
@@ -44,6 +44,7 @@ WARM_UP = {"cpu": 1, "cuda": 3}  # rounds; on CUDA, a compiled forward records i
 COMPILED = {"cpu": {"dynamic": False}, "cuda": {"dynamic": False, "mode": "reduce-overhead"}}  # of torch.compile
 DYNAMIC = {"dynamic": True}
 RECOMPILE_LIMIT = 64  # one graph per method is meant, not a sign of trouble
+FAILURES = (RuntimeError, AssertionError)  # out of memory, or no graph: the other methods' figures stand
 
 
 @dataclass(frozen=True)
@@ -60,19 +61,21 @@ class Bench:
     Args:
         subject: the model to measure.
         device, dtype: of weights and inputs.
-        dynamic: compile graphs that serve prompts of any shape.
+        dynamic: compile graphs that serve prompts of any length.
     """
 
     def __init__(self, subject, device: torch.device, dtype: torch.dtype, dynamic: bool = False):
+        self.dynamic = dynamic
         self.compile_options = DYNAMIC if dynamic else COMPILED[device.type]
         self.stock, self.shortv = build_models(subject.config, device, dtype)
         self.n_layers = subject.config.text_config.num_hidden_layers
         self._compiled = {}
 
     def reset_compiled(self):
-        """Forget the graphs: another prompt has other shapes."""
-        self._compiled.clear()
-        torch._dynamo.reset()
+        """Forget the graphs, unless they are for any prompt: another one has other shapes."""
+        if not self.dynamic:
+            self._compiled.clear()
+            torch._dynamo.reset()
 
     def refusal(self, method: Method) -> str | None:
         """Why the installed package cannot run a method, or `None`."""
@@ -110,7 +113,7 @@ class Bench:
                 try:
                     with self.running(variant) as model:
                         profiles[variant.method] = profile_prefill(model, inputs)
-                except torch.OutOfMemoryError as error:
+                except FAILURES as error:
                     reason = _first_line(error)
             if reason is not None:
                 skipped.append({"method": variant.method.name, "mode": variant.mode, "reason": reason})
@@ -124,7 +127,7 @@ class Bench:
             for variant in list(times):
                 try:
                     seconds = self._time_once(variant, inputs, token)
-                except RuntimeError as error:  # out of memory, or no graph: the others' figures stand
+                except FAILURES as error:
                     skipped.append({"method": variant.method.name, "mode": variant.mode, "reason": _first_line(error)})
                     del times[variant]
                     continue
@@ -168,6 +171,10 @@ def measure_prompt(bench: Bench, variants: list[Variant], inputs: dict, repeats:
     left = [variant for variant in variants if variant.method in profiles] if STOCK in profiles else []
     with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
         times, failed = bench.time(left, inputs, repeats, label)
+    if not any(variant.method == STOCK for variant in times):  # no baseline
+        reason = "the stock class could not be measured"
+        failed += [{"method": each.method.name, "mode": each.mode, "reason": reason} for each in times]
+        times = {}
     batch, config = len(inputs["input_ids"]), bench.shortv.config
     v = int((inputs["input_ids"][0] == config.image_token_id).sum())
     t = inputs["input_ids"].shape[1] - v
@@ -258,7 +265,7 @@ def parse_arguments(arguments: list[str], program: str) -> argparse.Namespace:
     add(
         "--dynamic",
         action="store_true",
-        help="compile one graph for prompts of any length, instead of one for each (on cuda, with CUDA graphs)",
+        help="compile graphs for prompts of any length; without it there is one per prompt, on cuda with CUDA graphs",
     )
     add("--repeats", type=_not_negative, default=5, help="timed rounds (default 5); 0: FLOPs and memory only")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
@@ -288,6 +295,8 @@ def main(arguments: list[str] | None = None, program: str = "shortv bench"):
     if device.index is not None:
         torch.cuda.set_device(device)  # events and statistics are the current device's
     arguments.compile = arguments.compile or ("some" if device.type == "cuda" else "none")
+    if arguments.dynamic and arguments.compile == "none":
+        raise ValueError("--dynamic is about compiled methods; --compile is none, valid with it are some and all")
     dtype = getattr(torch, arguments.dtype)
     subjects = {name: SUBJECTS[name]() for name in arguments.models}
     chosen = {

@@ -18,8 +18,8 @@ def summary(values: list[float]) -> tuple[float, list[float]]:
 
 
 def add_speed_ups(rows: list[dict]) -> list[dict]:
-    """The rows of one prompt, `seconds` and `roofline_s` replaced by stages: median, quartiles, `speed_up` over the
-    faster mode of the stock class, the bounds of the speed-up, and its share of the FLOPs bound.
+    """The rows of one prompt, `seconds` and `roofline_s` replaced by stages: seconds, median, quartiles, `speed_up` over
+    the faster mode of the stock class, the bounds of the speed-up, and its share of the FLOPs bound.
 
     A speed-up is the median of the ratios within each repetition, in which all methods take turns: a machine that is
     slower for some seconds is so for both sides of a ratio.
@@ -35,10 +35,11 @@ def add_speed_ups(rows: list[dict]) -> list[dict]:
         row = dict(row)
         seconds, roofline = row.pop("seconds"), row.pop("roofline_s")
         for stage, values in seconds.items():
-            baseline = min(
-                (each["seconds"][stage] for each in stock if stage in each["seconds"]), key=statistics.median
-            )
-            entry = {}
+            baselines = [each["seconds"][stage] for each in stock if stage in each["seconds"]]
+            if not baselines:  # the stock class failed in the only mode that has this stage
+                continue
+            baseline = min(baselines, key=statistics.median)
+            entry = {"seconds": values}
             entry["median_s"], entry["quartiles_s"] = summary(values)
             ratios = [theirs / ours for theirs, ours in zip(baseline, values, strict=True)]
             entry["speed_up"], entry["speed_up_quartiles"] = summary(ratios)

@@ -18,7 +18,7 @@ class FreezePlan:
         layers: ids of the layers that freeze visual tokens.
         text_positions: `[B, T]`, the positions of each row's text tokens in order. Rows with fewer than T are filled
             with other positions of the row, which are computed and not written back.
-        is_text: `[B, T]` bool, False at the fillers; `None` when there are none.
+        is_text: `[B, T]` bool, False at the fillers; `None` for a single row, which has none.
         visual_mask: `[B, S]` bool, the positions that hold image features.
     """
 
@@ -53,7 +53,8 @@ class FreezePlan:
             if n_visual == 0:
                 return None
             max_text_tokens = max(*counts, 1)  # no query at all would need its own path through every kernel
-            exact = min(counts) == max_text_tokens
+            # Of a batch, not even where the counts agree: whether they do would decide which compiled graph fits.
+            exact = len(counts) == 1 and counts[0] > 0
         # Stable: text tokens first, in order. Fillers are then distinct positions, so that gradients are right.
         positions = (~is_text).to(torch.uint8).argsort(dim=1, stable=True)[:, :max_text_tokens]
         # Not a view: a compiled text model would guard on its strides, hence on S.

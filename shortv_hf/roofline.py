@@ -3,7 +3,8 @@
 A part of a layer (one group of matrix products) takes at least `max(FLOPs / peak, bytes / bandwidth)`. With many tokens
 the first is larger; where only a short text stream is computed, the weights still have to be read, and the second can
 be. That is why a ratio of FLOPs can promise more than a device can keep. Counted are the weights of the products and
-the keys and values that attention reads; activations are not, so real times are longer.
+the keys and values that attention reads; activations are not, so real times are longer. Attention counts in full, as in
+Eq. 3-5, though a causal kernel skips up to half of a dense layer's.
 """
 
 import time
@@ -31,6 +32,7 @@ DATA_SHEETS = {  # part of the name that torch gives (a GH200 is no H200): dense
     "A100 80GB PCIe": (312e12, 1.935e12),
     "H100 80GB HBM3": (989e12, 3.35e12),
     "H100 PCIe": (756e12, 2.0e12),
+    "H200 NVL": (835e12, 4.8e12),
     "NVIDIA H200": (989e12, 4.8e12),
 }
 

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from shortv_hf import benchmark, benchmark_models, roofline
 from shortv_hf import benchmark_report as reports
-from shortv_hf.benchmark_meters import LiveTensorBytes, profile_prefill
+from shortv_hf.benchmark_meters import LiveTensorBytes, profile_prefill, time_prefill
 from shortv_hf.benchmark_models import FASTV, SUBJECTS, Method, Subject, build_models, choose_methods, make_inputs
 from shortv_hf.flops import layer_flops, prefill_flops
 from shortv_hf.paper_models import PAPER_MODELS
@@ -84,15 +84,18 @@ def test_every_method(subjects, tmp_path, capsys, family):
 def test_compiled(subjects, monkeypatch, tmp_path, dynamic):
     monkeypatch.setitem(benchmark.COMPILED, "cpu", {"backend": "eager", "dynamic": False})
     monkeypatch.setattr(benchmark, "DYNAMIC", {"backend": "eager", "dynamic": True})
-    options = ["--compile", "some", *(["--dynamic"] if dynamic else [])]
-    report = run(tmp_path, "--models", "tiny", "--methods", "shortv", "--num-layers", 1, 2, *options)
+    options, compile_ = [], torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **given: options.append(given["dynamic"]) or compile_(f, **given))
+    given = ["--compile", "some", *(["--dynamic"] if dynamic else []), "--images", 1, 2]
+    report = run(tmp_path, "--models", "tiny", "--methods", "shortv", "--num-layers", 1, 2, *given)
+    assert options == (
+        [True] * 4 if dynamic else [False] * 8
+    )  # text model and tower of both classes; again per prompt
     modes = [(row["method"], row["mode"]) for row in report["results"]]
-    assert modes == [
+    assert modes == 2 * [
         ("stock", "eager"), ("ShortV N=1", "eager"), ("ShortV N=2", "eager"), ("stock", "compiled"),
         ("ShortV N=2", "compiled"),
     ]  # fmt: skip
-    stock = [row for row in report["results"] if row["method"] == "stock"]
-    assert 1 in [row["prefill"]["speed_up"] for row in stock]
     for row in report["results"]:
         assert ("output_token" in row) == (row["mode"] == "eager")
     assert report["conditions"]["compiled"] == {"backend": "eager", "dynamic": dynamic, "methods": "some"}
@@ -124,6 +127,30 @@ def test_what_fails_is_skipped(subjects, monkeypatch, tmp_path, capsys):
         ("stock", "compiled"), ("ShortV N=2", "compiled"),
     ]  # fmt: skip
     assert "skipped stock, compiled: TorchDynamoException: no compiler" in capsys.readouterr().err
+
+
+def test_without_a_baseline(subjects, monkeypatch, tmp_path):
+    time_once = benchmark.Bench._time_once
+
+    def stock_fails(bench, variant, *args):
+        if variant.method.name == "stock":
+            raise AssertionError("a broken graph")
+        return time_once(bench, variant, *args)
+
+    monkeypatch.setattr(benchmark.Bench, "_time_once", stock_fails)
+    report = run(tmp_path, "--models", "tiny", "--methods", "shortv", "--num-layers", 2)
+    assert report["results"] == []
+    assert [(each["method"], each["reason"]) for each in report["skipped"]] == [
+        ("stock", "AssertionError: a broken graph"), ("ShortV N=2", "the stock class could not be measured"),
+    ]  # fmt: skip
+
+
+def test_stages_of_a_prefill(models):
+    stock, shortv = models
+    with torch.no_grad():
+        seconds, cache = time_prefill(shortv, make_inputs(stock, T, 1, 1))
+    assert 0 < seconds["language_model"] < seconds["prefill"] < seconds["time_to_first_token"]
+    assert cache.get_seq_length() > T
 
 
 def test_without_timing(subjects, tmp_path):
@@ -231,6 +258,8 @@ def test_device_peak(monkeypatch):
     assert probed.flops_per_s > 0 and probed.bytes_per_s > 0 and probed.source == "probe"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
     assert device_peak(torch.device("cuda"), torch.bfloat16, None, None) == Peak(989e12, 4.8e12, "data sheet")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200 NVL")
+    assert device_peak(torch.device("cuda"), torch.bfloat16, None, None) == Peak(835e12, 4.8e12, "data sheet")
 
 
 def test_methods_per_layer():
@@ -281,6 +310,10 @@ def test_speed_ups():
     assert "v = 9" in label and curves["measured, eager"]["x"] == [0, 1, 2]
     assert curves["FLOPs bound"] == {"x": [0, 1, 2], "y": [1, 2.5, 2.5]}
     assert reports.sweeps({"results": rows[:2]}) == {}
+    failed = [row("stock", "eager", 100, [8.0], 3.0), row("ShortV N=1", "eager", 40, [4.0], 1.5)]
+    del failed[0]["seconds"]["language_model"]
+    failed = reports.add_speed_ups(failed)
+    assert "language_model" not in failed[1] and failed[1]["time_to_first_token"]["speed_up"] == 2
     with pytest.raises(ValueError, match="no baseline"):
         reports.add_speed_ups([row("ShortV N=1", "eager", 1, [1.0], 1.0)])
 
@@ -293,6 +326,7 @@ def test_speed_ups():
         (("--device", "meta"), "knows cpu and cuda"),
         (("--peak-tflops", 3), "go together"),
         (("--loading", "--repeats", 0), "takes none"),
+        (("--dynamic",), "--compile is none"),
     ],
 )
 def test_refusals(subjects, arguments, message):

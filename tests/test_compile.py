@@ -158,10 +158,11 @@ def test_flex_attention():
 
 
 def test_compiled_text_model_takes_other_prompts_without_a_new_graph():
-    """The plan is made outside the graph: exact for any family and batch, and only shapes change with the prompt."""
+    """The plan is made outside the graph, exact for any family and batch. Only prompts without an image, which have no
+    plan, need a graph that stock does not need."""
     model = make_model("llava_next", shortv_layers=LAYERS)
     stock = make_stock(model)
-    prompts = [["ttIt"], ["tIttt"], ["tttttttIt"], ["tItItt"], ["tIt", "tttIttt"], ["ttttIt", "tIttt"], ["ttIt"]]
+    prompts = [["ttIt"], ["tIttt"], ["tItItt"], ["tIt", "tttIttt"], ["ttttIt", "tIttt"], ["tIt", "tIt"], ["ttttt"]]
     expected = []
     with torch.no_grad():
         for rows in prompts:
@@ -171,13 +172,14 @@ def test_compiled_text_model_takes_other_prompts_without_a_new_graph():
         torch._dynamo.reset()
         backend = torch._dynamo.testing.CompileCounter()
         each.model.language_model.compile(dynamic=True, backend=backend)
-        frames = graphs[type(each)] = []
+        counts = graphs[type(each)] = []
         for rows, logits in zip(prompts, expected, strict=True):
             inputs = make_inputs(model, rows)
             with torch.no_grad():
                 output = each(**inputs)
-            frames.append(backend.frame_count)
+            counts.append(backend.frame_count)
             if each is model:
                 keep = inputs["attention_mask"].bool()
                 torch.testing.assert_close(output.logits[keep], logits[keep], atol=1e-4, rtol=1e-4)
-    assert graphs[type(model)] == graphs[type(stock)] == [1, 1, 1, 1, 2, 2, 2]
+    assert graphs[type(stock)] == [1, 1, 1, 2, 2, 2, 2]
+    assert graphs[type(model)] == [1, 1, 1, 2, 2, 2, 3]
