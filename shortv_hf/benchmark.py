@@ -55,6 +55,11 @@ class Variant:
     mode: str
 
 
+def compile_options(device: torch.device, dynamic: bool) -> dict:
+    """Arguments of `torch.compile`."""
+    return DYNAMIC if dynamic else COMPILED[device.type]
+
+
 class Bench:
     """Two models with the same weights, and the switch between methods and modes.
 
@@ -66,7 +71,7 @@ class Bench:
 
     def __init__(self, subject, device: torch.device, dtype: torch.dtype, dynamic: bool = False):
         self.dynamic = dynamic
-        self.compile_options = DYNAMIC if dynamic else COMPILED[device.type]
+        self.compile_options = compile_options(device, dynamic)
         self.stock, self.shortv = build_models(subject.config, device, dtype)
         self.n_layers = subject.config.text_config.num_hidden_layers
         self._compiled = {}
@@ -210,7 +215,7 @@ def conditions(arguments, command: str, device: torch.device, peak: Peak) -> dic
         "threads": torch.get_num_threads(),
         "dtype": arguments.dtype,
         "attention": "sdpa",
-        "compiled": {**(DYNAMIC if arguments.dynamic else COMPILED[device.type]), "methods": arguments.compile},
+        "compiled": {**compile_options(device, arguments.dynamic), "methods": arguments.compile},
         "repeats": arguments.repeats,
         "peak_flops_per_s": peak.flops_per_s,
         "peak_bytes_per_s": peak.bytes_per_s,

@@ -1,7 +1,8 @@
 """Which tokens of a forward pass are frozen, and what the frozen layers need to compute the others.
 
 Built once per forward pass, with one host synchronisation (the number of text tokens decides the shapes); the layers
-then read it without any. Shapes: B rows, S tokens in the chunk, T text tokens in the row that has the most.
+then read it without any (FlashAttention without a cache: one more, for packed sequences). Shapes: B rows, S tokens in
+the chunk, T text tokens in the row that has the most.
 """
 
 from dataclasses import dataclass, field
