@@ -27,6 +27,7 @@ from shortv_hf.calibration_data import Case, encode
 from shortv_hf.chat import count_prefill_flops, frozen_layers, load, token_reduction
 from shortv_hf.flops import flops_ratio, prefill_flops
 from shortv_hf.layer_contribution import joint_kl, to_device
+from shortv_hf.upstream import find_cache
 from shortv_hf.visual_reduction import METHODS, ModelSizes, parse_visual_reduction
 
 
@@ -75,7 +76,7 @@ def cost(model, processor, cases: list[Case]) -> tuple[float, float]:
     flops, nbytes = [], []
     for case in cases:
         flops.append(count_prefill_flops(model, processor, case.prompt, list(case.images)))
-        cache = model.model(**to_device(model, encode(case, processor)), use_cache=True).past_key_values
+        cache = find_cache(model.model(**to_device(model, encode(case, processor)), use_cache=True))
         nbytes.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
     return statistics.mean(flops), statistics.mean(nbytes)
 

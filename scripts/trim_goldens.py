@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import LlavaForConditionalGeneration
 
+from shortv_hf.upstream import used_image_features
+
 
 INPUTS = {"input_ids", "attention_mask", "pixel_values", "image_sizes", "visual_mask"}
 LOGITS = {"prefill_logits_last", "step_logits", "generated_ids"}
@@ -84,7 +86,7 @@ def trim_reductions(source: Path, target: Path):
         visual = tensors["input_ids"] == model.config.image_token_id
         output = model(**{key: tensors[key] for key in ("input_ids", "attention_mask", "pixel_values")})
         embeds = model.get_input_embeddings()(tensors["input_ids"])
-        embeds[visual] = output.image_hidden_states.flatten(0, -2)
+        embeds[visual] = used_image_features(output)
         inputs[f"{prompt}/inputs_embeds"], inputs[f"{prompt}/visual_mask"] = embeds, visual
         cases[f"{name}/kept_visual"] = tensors["expected.kept_visual"]
         cases[f"{name}/scores"] = tensors["expected.scores"]

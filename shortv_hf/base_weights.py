@@ -7,11 +7,11 @@ the base lacks, has too much or in another shape is an error: a partly random mo
 import copy
 import json
 
-import transformers
 from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .configuration_shortv import SHORTV_FIELDS, local_path_or_id
+from .upstream import ON_4
 
 
 # Key layout of the `llava-hf` checkpoints → module names. Custom classes get no conversion in Transformers 5.x.
@@ -161,7 +161,7 @@ class BaseWeightsMixin:
     def _key_mapping(cls, config, key_mapping: dict[str, str] | None) -> dict[str, str]:
         """Renames from the known layouts to the module names, behind those of the caller."""
         known = dict(KEY_MAPPING)
-        if transformers.__version__.startswith("4.") and config.vision_config.model_type in VISION_MODEL_TYPES:
+        if ON_4 and config.vision_config.model_type in VISION_MODEL_TYPES:
             known = {**KEY_MAPPING_4, **known}
         if not cls.can_generate():  # the model without a head, whose modules are one level higher
             known = {

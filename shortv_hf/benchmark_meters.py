@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from .upstream import CACHE, find_cache
+
 
 DECODING_STEPS = 4  # per repetition
 
@@ -61,7 +63,7 @@ def time_prefill(model, inputs: dict):
     try:
         watch.synchronize()
         watch.mark("start")
-        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+        cache = find_cache(model(**inputs, use_cache=True, logits_to_keep=1))
         watch.mark("end")
         watch.synchronize()
     finally:
@@ -82,7 +84,7 @@ def time_decoding(model, cache, tokens: torch.Tensor) -> float:
     watch.synchronize()
     watch.mark("start")
     for _ in range(DECODING_STEPS):
-        cache = model(input_ids=tokens, past_key_values=cache, use_cache=True).past_key_values
+        cache = find_cache(model(input_ids=tokens, **{CACHE: cache}, use_cache=True))
     watch.mark("end")
     watch.synchronize()
     return watch.seconds("start", "end") / DECODING_STEPS

@@ -14,6 +14,7 @@ from .configuration_shortv import SHORTV_FIELDS, ShortVLlavaConfig
 from .flops import kept_visual_tokens
 from .modeling_shortv import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
 from .paper_models import PAPER_MODELS
+from .upstream import image_features
 
 
 CLASSES = {
@@ -158,7 +159,7 @@ def make_inputs(stock, t: int, images: int, batch: int) -> dict:
         inputs = {"pixel_values": pixels, "image_sizes": torch.tensor([[2 * side, 2 * side]] * batch * images)}
     with torch.inference_mode():
         features = stock.get_image_features(**inputs)
-    v = sum(len(feature) for feature in getattr(features, "pooler_output", features)) // batch
+    v = sum(len(feature) for feature in image_features(features)) // batch
     start, image_token = min(TEXT_BEFORE_IMAGE, t - 1), stock.config.image_token_id
     ids = torch.randint(3, min(stock.config.text_config.vocab_size, image_token), (batch, t + v), device=device)
     ids[:, start : start + v] = image_token

@@ -18,6 +18,7 @@ from transformers.image_utils import load_image
 
 from .configuration_shortv import ShortVLlavaConfig, ShortVLlavaNextConfig
 from .modeling_shortv import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
+from .upstream import CACHE
 from .visual_reduction import FastV
 
 
@@ -197,11 +198,11 @@ class Conversation:
         new = inputs["input_ids"][:, n_cached:]
         if n_cached and "pixel_values" in inputs:  # a later image: `generate` would not hand it on
             chunk = {**inputs, "input_ids": new[:, :-1], "attention_mask": inputs["attention_mask"][:, :-1]}
-            self.model(**chunk, past_key_values=self._cache, logits_to_keep=1)
+            self.model(**chunk, **{CACHE: self._cache}, logits_to_keep=1)
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         output = self.model.generate(
             **inputs,
-            past_key_values=self._cache,
+            **{CACHE: self._cache},
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             streamer=stream,

@@ -26,6 +26,7 @@ from transformers.models.mistral.modeling_mistral import MistralAttention, Mistr
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
 
 from .freeze_plan import FreezePlan
+from .upstream import argument, find_cache, update_cache
 from .visual_tokens import ReductionAttentionMixin, ReductionDecoderLayerMixin
 
 
@@ -36,41 +37,34 @@ class ShortVAttentionMixin:
     def forward(
         self,
         hidden_states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
+        *args,
         freeze_plan: FreezePlan | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`hidden_states` `[B, S, h]` → attention output of the text tokens `[B, T, h]`, and with `eager` the
         attention weights `[B, heads, S, keys]`, which are 0 in the rows of frozen tokens."""
         if freeze_plan is None:
-            return super().forward(
-                hidden_states,
-                position_embeddings=position_embeddings,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                **kwargs,
-            )
+            return super().forward(hidden_states, *args, **kwargs)
 
         def heads(states):
             return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
+        position_embeddings = argument(kwargs, "position_embeddings")
         query = heads(self.q_proj(freeze_plan.select_text(hidden_states)))
         key = heads(self.k_proj(hidden_states))
         value = heads(self.v_proj(hidden_states))
         key = apply_rotary(key, *position_embeddings)
         query = apply_rotary(query, *freeze_plan.text_position_embeddings(position_embeddings))
 
-        if past_key_values is not None:
-            # Transformers 4.x: the static cache writes where `cache_position` says. 5.x ignores the argument.
-            cache_kwargs = {"cache_position": kwargs.get("cache_position")}
-            key, value = past_key_values.update(key, value, self.layer_idx, cache_kwargs)
+        cache = find_cache(kwargs)
+        if cache is not None:
+            key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 
         # SDPA with an explicit mask whatever the model's implementation: there are fewer queries than keys, and kernels
         # do not agree on how `is_causal` aligns the two. Eager is the one that returns attention weights.
         attend = self._attend_eager if self.config._attn_implementation == "eager" else self._attend_sdpa
-        mask = freeze_plan.text_mask(self, attention_mask, key, past_key_values, kwargs.get("position_ids"))
+        given_mask = argument(kwargs, "attention_mask")
+        mask = freeze_plan.text_mask(self, given_mask, key, cache is not None, kwargs.get("position_ids"))
         output, weights = attend(query, key, value, mask, freeze_plan)
         return self.o_proj(output.reshape(*output.shape[:2], -1)), weights
 
@@ -91,10 +85,12 @@ class ShortVAttentionMixin:
 class ShortVDecoderLayerMixin:
     """Modifications: given a plan that names this layer, visual tokens skip it."""
 
-    def forward(self, hidden_states: torch.Tensor, freeze_plan: FreezePlan | None = None, **kwargs) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, *args, freeze_plan: FreezePlan | None = None, **kwargs
+    ) -> torch.Tensor:
         """`hidden_states` `[B, S, h]` → `[B, S, h]`, out of place."""
         if freeze_plan is None or self.self_attn.layer_idx not in freeze_plan.layers:
-            return super().forward(hidden_states, **kwargs)
+            return super().forward(hidden_states, *args, **kwargs)
 
         text = freeze_plan.select_text(hidden_states)
         attention_output, _ = self.self_attn(

@@ -67,6 +67,12 @@ class FreezePlan:
             visual_mask=visual_mask,
         )
 
+    @classmethod
+    def of_text(cls, n_layers: int, rows: int, tokens: int) -> "FreezePlan":
+        """The plan that freezes nothing: `tokens` text tokens in each of `rows` rows, which all layers compute by it."""
+        positions = torch.arange(tokens).expand(rows, -1)
+        return cls(frozenset(range(n_layers)), positions, None, torch.zeros(rows, tokens, dtype=torch.bool))
+
     @property
     def chunk_length(self) -> int:
         """S, read off a tensor: compiled graphs are specialised to an int, not to a shape."""
@@ -106,7 +112,7 @@ class FreezePlan:
         index = self._positions(weights.device)[:, None, :, None]
         return weights.gather(2, index.expand(-1, weights.shape[1], -1, weights.shape[-1]))
 
-    def text_mask(self, attention, attention_mask, key, past_key_values, position_ids) -> torch.Tensor:
+    def text_mask(self, attention, attention_mask, key, cached, position_ids) -> torch.Tensor:
         """The rows of the causal mask at the text positions, `[B, 1, T, keys]`; never an `[S, S]` mask.
 
         Args:
@@ -115,7 +121,7 @@ class FreezePlan:
                 flex-attention `BlockMask` (its function is evaluated at the rows), `None` (plain causal) or the 2D
                 padding mask (FlashAttention).
             key: the layer's key states after the cache update, `[B, kv_heads, keys, head_dim]`.
-            past_key_values: the cache, or `None`.
+            cached: whether there is a cache.
             position_ids: `[B or 1, S]`, to tell packed sequences apart where the mask does not.
 
         Returns:
@@ -124,14 +130,14 @@ class FreezePlan:
         window = sliding_window(attention)
         shared_key = ("mask", window, key.device)
         if shared_key not in self._shared:
-            mask = self._build_text_mask(attention, attention_mask, key, past_key_values, position_ids, window)
+            mask = self._build_text_mask(attention, attention_mask, key, cached, position_ids, window)
             if attention.config._attn_implementation == "eager" and mask.dtype == torch.bool:
                 additive = torch.zeros(mask.shape, dtype=key.dtype, device=key.device)
                 mask = additive.masked_fill(~mask, torch.finfo(key.dtype).min)
             self._shared[shared_key] = mask
         return self._shared[shared_key]
 
-    def _build_text_mask(self, attention, attention_mask, key, past_key_values, position_ids, window):
+    def _build_text_mask(self, attention, attention_mask, key, cached, position_ids, window):
         n_keys, device = key.shape[2], key.device
         queries = self._positions(device)[:, None, :, None]
         if torch.is_tensor(attention_mask) and attention_mask.ndim == 4:
@@ -152,7 +158,7 @@ class FreezePlan:
                 rows = rows & (keys > queries + offset - window)
             if attention_mask is not None:
                 rows = rows & attention_mask[:, None, None, -n_keys:].to(device=device, dtype=torch.bool)
-            elif not sdpa and past_key_values is None and position_ids is not None:
+            elif not sdpa and not cached and position_ids is not None:
                 sequence = find_packed_sequence_indices(position_ids)
                 if sequence is not None:
                     sequence = sequence.to(device).expand(queries.shape[0], -1)

@@ -42,6 +42,16 @@ from .decoder_layer import (
     ShortVQwen2DecoderLayer,
 )
 from .freeze_plan import FreezePlan
+from .upstream import (
+    cached_lengths,
+    check_cached,
+    check_upstream,
+    find_cache,
+    image_features,
+    set_used_image_features,
+    used_image_features,
+    with_image_features,
+)
 from .visual_cache import is_reduced
 from .visual_images import reduced_image_features
 from .visual_reduction import FastV, ImageReduction, ModelSizes, Reduction, parse_visual_reduction
@@ -62,31 +72,22 @@ class ShortVTextModelMixin:
             layer.__class__ = self.decoder_layer_class
             layer.self_attn.__class__ = self.attention_class
 
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        visual_tokens: VisualTokens | None = None,
-        **kwargs,
-    ):
-        reduction = None
-        if visual_tokens is not None or is_reduced(past_key_values):
+    def forward(self, input_ids=None, *args, inputs_embeds=None, visual_tokens: VisualTokens | None = None, **kwargs):
+        cache, plan, reduction = find_cache(kwargs), kwargs.get("freeze_plan"), None
+        if visual_tokens is not None or is_reduced(cache):
+            if args:
+                raise TypeError("with visual_reduction, arguments other than input_ids are given by name")
             if inputs_embeds is None:
                 input_ids, inputs_embeds = None, self.embed_tokens(input_ids)
-            reduction = TokenReduction(visual_tokens, inputs_embeds, attention_mask, position_ids, past_key_values)
-            inputs_embeds, position_ids = reduction.inputs_embeds, reduction.position_ids
+            given = kwargs.get("attention_mask"), kwargs.get("position_ids")
+            reduction = TokenReduction(visual_tokens, inputs_embeds, *given, cache)
+            inputs_embeds, kwargs["position_ids"] = reduction.inputs_embeds, reduction.position_ids
             kwargs["reduction"] = reduction
-        output = super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        if plan is None and reduction is None:
+            return super().forward(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        before = cached_lengths(cache, range(len(self.layers)))
+        output = super().forward(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        check_cached(cache, output, before, reduction.length if plan is None else plan.chunk_length)
         return output if reduction is None else reduction.restore(output)
 
 
@@ -117,7 +118,14 @@ def build_text_model(text_config) -> nn.Module:
         raise ValueError(
             f"text_config.model_type is {text_config.model_type!r}; ShortV supports {', '.join(sorted(TEXT_MODELS))}"
         )
-    return TEXT_MODELS[text_config.model_type]._from_config(text_config)
+    model_class = TEXT_MODELS[text_config.model_type]
+    check_upstream(model_class, text_config, FreezePlan.of_text)
+    return model_class._from_config(text_config)
+
+
+def without_ours(kwargs: dict) -> dict:
+    """Arguments for the vision tower: 5.24 hands it those of the whole forward, our plans among them."""
+    return {name: value for name, value in kwargs.items() if name not in ("freeze_plan", "visual_tokens")}
 
 
 class ShortVSettingsMixin:
@@ -154,9 +162,7 @@ class ShortVModelMixin(ShortVSettingsMixin):
         self,
         input_ids: torch.LongTensor | None = None,
         pixel_values: torch.FloatTensor | None = None,
-        *,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
+        *args,
         inputs_embeds: torch.FloatTensor | None = None,
         visual_mask: torch.Tensor | None = None,
         skip_padding: bool = False,
@@ -178,7 +184,7 @@ class ShortVModelMixin(ShortVSettingsMixin):
         """
         if self.config.shortv_layers or self.config.visual_reduction is not None:
             features = pixel_values is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None
-            visual_mask = self._get_visual_mask(input_ids, inputs_embeds, features, past_key_values, visual_mask)
+            visual_mask = self._get_visual_mask(input_ids, inputs_embeds, features, find_cache(kwargs), visual_mask)
             reduction = None if visual_mask is None else self._active_reduction()
             if reduction is not None:
                 if isinstance(reduction, ImageReduction) and not features and visual_mask.any():
@@ -190,19 +196,14 @@ class ShortVModelMixin(ShortVSettingsMixin):
                 tokens = VisualTokens(visual_mask, reduction, self.config.shortv_layers, skip_padding)
                 kwargs = {**kwargs, "visual_tokens": tokens}
             elif visual_mask is not None and self.config.shortv_layers:
-                plan = self._build_plan(visual_mask, attention_mask if skip_padding else None, pixel_values, kwargs)
+                padding_mask = kwargs.get("attention_mask") if skip_padding else None
+                plan = self._build_plan(visual_mask, padding_mask, pixel_values, kwargs)
                 kwargs = kwargs if plan is None else {**kwargs, "freeze_plan": plan}
-        output = super().forward(
-            input_ids=input_ids,
-            pixel_values=pixel_values,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
-        if "visual_tokens" in kwargs and getattr(output, "image_hidden_states", None) is not None:
-            features = output.image_hidden_states
-            output.image_hidden_states = features[~is_dropped(features)]
+        output = super().forward(input_ids, pixel_values, *args, inputs_embeds=inputs_embeds, **kwargs)
+        if "visual_tokens" in kwargs:
+            features = used_image_features(output)
+            if features is not None:
+                set_used_image_features(output, features[~is_dropped(features)])
         return output
 
     def _active_reduction(self) -> Reduction | None:
@@ -223,13 +224,10 @@ class ShortVModelMixin(ShortVSettingsMixin):
 
         def features():
             outputs.append(get_features() if return_dict is None else get_features(return_dict=True))
-            return getattr(outputs[0], "pooler_output", outputs[0])  # 5.x: an output object, 4.x: the list
+            return image_features(outputs[0])
 
         marked = reduced_image_features(self, reduction, features, image_sizes)
-        (output,) = outputs
-        if not hasattr(output, "pooler_output"):
-            return marked
-        output.pooler_output = marked
+        output = with_image_features(outputs[0], marked)
         return output.to_tuple() if return_dict is False else output
 
     def _build_plan(self, visual_mask, padding_mask, pixel_values, kwargs):
@@ -246,7 +244,7 @@ class ShortVModelMixin(ShortVSettingsMixin):
         token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
         return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
 
-    def _get_visual_mask(self, input_ids, inputs_embeds, has_features, past_key_values, visual_mask):
+    def _get_visual_mask(self, input_ids, inputs_embeds, has_features, cache, visual_mask):
         """The positions that hold image features in this chunk, `[B, S]` bool, or `None` if there are none."""
         if visual_mask is not None:
             shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
@@ -256,10 +254,10 @@ class ShortVModelMixin(ShortVSettingsMixin):
         if has_features:
             return self._image_token_mask(input_ids, inputs_embeds)
         if not torch.compiler.is_compiling():
-            self._warn_if_images_are_missing(input_ids, inputs_embeds, past_key_values)
+            self._warn_if_images_are_missing(input_ids, inputs_embeds, cache)
         return None
 
-    def _warn_if_images_are_missing(self, input_ids, inputs_embeds, past_key_values):
+    def _warn_if_images_are_missing(self, input_ids, inputs_embeds, cache):
         """Prompts without image features are text. Say so where the caller may have meant something else."""
         if input_ids is None:
             if inputs_embeds is not None and inputs_embeds.shape[1] > 1:
@@ -267,7 +265,7 @@ class ShortVModelMixin(ShortVSettingsMixin):
                     "`inputs_embeds` without `visual_mask`: every position counts as text and no token is frozen. "
                     "Pass `visual_mask` if the embeddings contain image features."
                 )
-        elif input_ids.shape[1] > 1 and (past_key_values is None or past_key_values.get_seq_length() == 0):
+        elif input_ids.shape[1] > 1 and (cache is None or cache.get_seq_length() == 0):
             if (input_ids == self.config.image_token_id).any():
                 logger.warning_once(
                     "The prompt holds image tokens, but no image features were passed: they count as text."
@@ -331,7 +329,7 @@ class ShortVGenerationMixin(ShortVSettingsMixin, BaseWeightsMixin):
         if tokens.shape[1] > 1:
             inputs["skip_padding"] = True
         if visual_mask is not None:
-            past = inputs.get("past_key_values")
+            past = find_cache(inputs)
             start = 0 if past is None else int(past.get_seq_length())
             if start < visual_mask.shape[1]:
                 chunk = visual_mask[:, start : start + tokens.shape[1]]
@@ -354,19 +352,9 @@ class ShortVLlavaModel(ShortVModelMixin, BaseWeightsMixin, LlavaModel):
         self.language_model = build_text_model(config.text_config)
         self.post_init()
 
-    def get_image_features(
-        self,
-        pixel_values,
-        vision_feature_layer=None,
-        vision_feature_select_strategy=None,
-        image_sizes=None,
-        return_dict=None,
-        **kwargs,
-    ):
+    def get_image_features(self, pixel_values, *args, return_dict=None, **kwargs):
         """As the parent's; a method that cuts image features marks those it leaves out."""
-        kwargs |= {"vision_feature_layer": vision_feature_layer, "image_sizes": image_sizes}
-        kwargs["vision_feature_select_strategy"] = vision_feature_select_strategy
-        get_features = partial(super().get_image_features, pixel_values, **kwargs)
+        get_features = partial(super().get_image_features, pixel_values, *args, **without_ours(kwargs))
         return self._reduce_image_features(get_features, return_dict=return_dict)
 
 
@@ -399,19 +387,9 @@ class ShortVLlavaNextModel(ShortVModelMixin, BaseWeightsMixin, LlavaNextModel):
         self.language_model = build_text_model(config.text_config)
         self.post_init()
 
-    def get_image_features(
-        self,
-        pixel_values,
-        image_sizes,
-        vision_feature_layer=None,
-        vision_feature_select_strategy=None,
-        return_dict=None,
-        **kwargs,
-    ):
+    def get_image_features(self, pixel_values, image_sizes, *args, return_dict=None, **kwargs):
         """As the parent's; a method that cuts image features marks those it leaves out."""
-        kwargs |= {"vision_feature_layer": vision_feature_layer}
-        kwargs["vision_feature_select_strategy"] = vision_feature_select_strategy
-        get_features = partial(super().get_image_features, pixel_values, image_sizes, **kwargs)
+        get_features = partial(super().get_image_features, pixel_values, image_sizes, *args, **without_ours(kwargs))
         return self._reduce_image_features(get_features, image_sizes, return_dict)
 
 

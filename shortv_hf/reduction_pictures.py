@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedModel, ProcessorMixin
 
 from .chat import token_reduction
+from .upstream import find_cache, image_features
 from .visual_images import VisionRecorder, places_of_patches
 from .visual_reduction import (
     N_NEIGHBOURS,
@@ -74,7 +75,7 @@ def patch_fates(model: PreTrainedModel, inputs: dict, options: dict | None) -> l
         elif isinstance(reduction, ImageReduction):
             images = {name: inputs[name][:1] for name in ("pixel_values", "image_sizes") if name in inputs}
             features = model.get_image_features(**images)
-            kept = getattr(features, "pooler_output", features)[0].isfinite().all(-1).cpu()
+            kept = image_features(features)[0].isfinite().all(-1).cpu()
             states, group = _selected(kept, place, tiles[0] * n)
         else:
             kept = _kept_in_decoder(model, inputs, reduction)[: len(place)]
@@ -103,7 +104,7 @@ def _selected(kept, place, n):
 
 def _kept_in_decoder(model, inputs, reduction: DecoderReduction | None):
     """Of the visual tokens in the row's prompt, which the last layer's cache holds."""
-    cache = model(**inputs, use_cache=True).past_key_values
+    cache = find_cache(model(**inputs, use_cache=True))
     visual = (inputs["input_ids"][0] == model.config.image_token_id).cpu()
     slots = getattr(cache.layers[-1], "slots", None)
     if slots is None:  # nothing was dropped

@@ -8,6 +8,7 @@ import transformers
 from transformers import PretrainedConfig
 
 from .chat import MODEL_CLASSES
+from .upstream import ON_4
 
 
 TABLES = ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
@@ -25,7 +26,7 @@ def serve(repo: str, arguments: list[str] = (), revision: str | None = None):
         ValueError: Transformers is older than 5 or lacks the packages of its server; `repo` is not a ShortV repo.
         OSError: it cannot be found.
     """
-    if transformers.__version__.startswith("4."):
+    if ON_4:
         raise ValueError(
             f"serving needs Transformers 5, this is {transformers.__version__}: the server of 4.x streams every answer "
             "and shares one cache between conversations"

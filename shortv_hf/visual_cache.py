@@ -7,6 +7,8 @@ A *slot* is a token's place in the sequence as the caller sees it, before anythi
 import torch
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
+from .upstream import not_right
+
 
 class ReducedLayer(DynamicLayer):
     """Modifications: `keys` and `values` hold the tokens that were kept; `slots` says, per row, which they are.
@@ -63,6 +65,12 @@ class ReducedLayer(DynamicLayer):
         """Length and offset of a mask over all that was seen. `query`: the number of queries, on 4.x their positions."""
         return self.seen + (query if isinstance(query, int) else query.shape[0]), 0
 
+    def check_stored(self):
+        """Raises `ValueError` if the pass did not store what [`add_slots`] said it would."""
+        held = self.keys.shape[-2] if self.is_initialized else 0
+        if held != self.slots.shape[1]:
+            raise not_right(f"a cache layer holds {held} tokens after a pass that should leave {self.slots.shape[1]}")
+
     def crop(self, length: int):
         """Remove the last `-length` tokens seen or, if positive, all but `length`. Raises `ValueError` if some of
         them were dropped: they cannot be counted off."""
@@ -105,9 +113,11 @@ def is_reduced(cache: Cache | None) -> bool:
     return any(isinstance(layer, ReducedLayer) for layer in getattr(cache, "layers", ()))
 
 
-class KeyRecorder:
+class KeyRecorder(Cache):
     """Stands in for a cache in one attention call: hands on to it, and keeps the keys `[B, kv_heads, T, d]` that the
-    attention sees."""
+    attention sees. A `Cache`, since that is how arguments are told apart (`upstream.py`); it has no layers of its own."""
+
+    layers = ()
 
     def __init__(self, cache: Cache | None):
         self.cache, self.keys = cache, None

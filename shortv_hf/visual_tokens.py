@@ -11,6 +11,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .freeze_plan import FreezePlan, sliding_window
+from .upstream import argument, cache_name, find_cache, not_right
 from .visual_cache import KeyRecorder, ReducedLayer, is_reduced
 from .visual_reduction import ImageReduction, Reduction, keep_highest, last_row_attention
 
@@ -154,7 +155,7 @@ class TokenReduction:
 
     def enter(self, attention, hidden_states, freeze_plan, kwargs):
         """A layer's `hidden_states`, plan and keyword arguments, as they are in the layers that see fewer tokens."""
-        layer, cache = attention.layer_idx, kwargs.get("past_key_values")
+        layer, cache = attention.layer_idx, find_cache(kwargs)
         reduced = self.first_layer is not None and layer >= self.first_layer
         if reduced and layer == self.first_layer:
             hidden_states = self._select(hidden_states)
@@ -168,10 +169,12 @@ class TokenReduction:
             keys = tuple(part.to(hidden_states.device) for part in (cached.slots, cached.places))
         self._layer_keys[layer] = keys
         kwargs = dict(kwargs)
+        argument(kwargs, "attention_mask")  # it must be the one that is replaced
         kwargs["attention_mask"] = self._mask(attention, reduced, queries, keys, cached)
         kwargs["position_ids"] = None  # with gaps, FlashAttention would take them for packed sequences
         if reduced:
-            kwargs["position_embeddings"] = tuple(self._select(part) for part in kwargs["position_embeddings"])
+            rotary = argument(kwargs, "position_embeddings")
+            kwargs["position_embeddings"] = tuple(self._select(part) for part in rotary)
         return hidden_states, freeze_plan, kwargs
 
     def _select(self, states):
@@ -287,6 +290,9 @@ class TokenReduction:
 
     def restore(self, output):
         """The text model's output with the caller's shapes: zeros where a token was dropped."""
+        for layer in getattr(self.cache, "layers", ()):
+            if isinstance(layer, ReducedLayer):
+                layer.check_stored()
         first = self.first_layer
         if first is not None:
             output.last_hidden_state = self._spread(output.last_hidden_state)
@@ -327,19 +333,21 @@ class ReductionAttentionMixin:
     def forward(self, hidden_states, *args, reduction: TokenReduction | None = None, **kwargs):
         if reduction is None:
             return super().forward(hidden_states, *args, **kwargs)
-        recorder = KeyRecorder(kwargs.pop("past_key_values", None))
-        output = super().forward(hidden_states, *args, past_key_values=recorder, **kwargs)
-        reduction.choose(self, hidden_states, kwargs["position_embeddings"], recorder.keys)
+        recorder = KeyRecorder(find_cache(kwargs))
+        output = super().forward(hidden_states, *args, **{**kwargs, cache_name(kwargs): recorder})
+        if recorder.keys is None:
+            raise not_right(f"{type(self).__name__} stores no keys in the cache `{cache_name(kwargs)}`")
+        reduction.choose(self, hidden_states, argument(kwargs, "position_embeddings"), recorder.keys)
         return output
 
 
 class ReductionDecoderLayerMixin:
     """Modifications: given a reduction, the layer sees the tokens that are left."""
 
-    def forward(self, hidden_states, freeze_plan=None, reduction: TokenReduction | None = None, **kwargs):
+    def forward(self, hidden_states, *args, freeze_plan=None, reduction: TokenReduction | None = None, **kwargs):
         if reduction is None:
-            return super().forward(hidden_states, freeze_plan=freeze_plan, **kwargs)
+            return super().forward(hidden_states, *args, freeze_plan=freeze_plan, **kwargs)
         hidden_states, freeze_plan, kwargs = reduction.enter(self.self_attn, hidden_states, freeze_plan, kwargs)
         if reduction.chooses_after(self.self_attn.layer_idx):
             kwargs["reduction"] = reduction
-        return super().forward(hidden_states, freeze_plan=freeze_plan, **kwargs)
+        return super().forward(hidden_states, *args, freeze_plan=freeze_plan, **kwargs)

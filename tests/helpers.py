@@ -18,6 +18,7 @@ from shortv_hf import (
     ShortVLlavaNextConfig,
     ShortVLlavaNextForConditionalGeneration,
 )
+from shortv_hf.upstream import image_features
 
 
 FAMILIES = {
@@ -121,7 +122,7 @@ def image_lengths(model, images: dict) -> list[int]:
     """Number of tokens of each image."""
     with torch.no_grad():
         features = model.get_image_features(**images)
-    features = getattr(features, "pooler_output", features)
+    features = image_features(features)
     return [len(feature) for feature in features]
 
 

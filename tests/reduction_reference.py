@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from helpers import discard_updates
 
+from shortv_hf.upstream import image_features
+
 
 @contextmanager
 def hidden_tokens(stock, first_layer: int, dropped: torch.Tensor):
@@ -152,7 +154,7 @@ def next_features(stock, images, method, options):
     found, lengths = [], []
     for pixels, size in zip(images["pixel_values"], images["image_sizes"], strict=True):
         features = model.get_image_features(pixels[None], size[None])
-        features = getattr(features, "pooler_output", features)[0]
+        features = image_features(features)[0]
         tower = model.vision_tower(pixels, output_attentions=True)
         n, tiles = tower.last_hidden_state.shape[1] - 1, len(pixels)
         names = torch.arange(tiles * n).view(tiles, n, 1).double()

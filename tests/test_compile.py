@@ -7,6 +7,7 @@ from helpers import IMAGE_TOKEN, make_config, make_inputs, make_model, make_stoc
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from shortv_hf import ShortVLlavaForConditionalGeneration
+from shortv_hf.upstream import CACHE, find_cache
 
 
 LAYERS = [0, 2, 3]
@@ -96,8 +97,8 @@ def test_compiled_prefill_and_decoding(rows):
             "input_ids": torch.full((len(rows), 1), 7),
             "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(len(rows), 1, dtype=torch.long)], 1),
         }
-        expected = model(**step, past_key_values=expected.past_key_values)
-        actual = compiled(**step, past_key_values=actual.past_key_values)
+        expected = model(**step, **{CACHE: find_cache(expected)})
+        actual = compiled(**step, **{CACHE: find_cache(actual)})
         torch.testing.assert_close(actual.logits, expected.logits, atol=1e-4, rtol=1e-4)
 
 

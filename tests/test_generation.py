@@ -18,6 +18,8 @@ from helpers import (
 )
 from transformers import DynamicCache
 
+from shortv_hf.upstream import CACHE, find_cache, used_image_features
+
 
 ROWS = ["ttItt", "tItIttt", "tttt"]
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -52,9 +54,9 @@ def test_cached_step_logits_equal_the_reference(family, text):
     cache = DynamicCache(config=model.config)
     tokens = [7, 8, 9]
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
         for i, token in enumerate(tokens):
-            step = model(input_ids=torch.tensor([[token]]), past_key_values=cache)
+            step = model(input_ids=torch.tensor([[token]]), **{CACHE: cache})
             new = torch.tensor([tokens[: i + 1]])
             full = {
                 **inputs,
@@ -96,12 +98,12 @@ def test_second_turn_on_a_kept_cache(family, text, second):
     with torch.no_grad():
         expected = model(**whole).logits
         turn = {name: parts[0] for name, parts in images.items()}
-        one = model(input_ids=whole["input_ids"][:, :n_first], past_key_values=cache, **turn).logits
+        one = model(input_ids=whole["input_ids"][:, :n_first], **{CACHE: cache}, **turn).logits
         turn = {name: parts[1] for name, parts in images.items()} if "I" in second else {}
         two = model(
             input_ids=whole["input_ids"][:, n_first:],
             attention_mask=whole["attention_mask"],
-            past_key_values=cache,
+            **{CACHE: cache},
             **turn,
         ).logits
     torch.testing.assert_close(torch.cat([one, two], 1), expected, **TOLERANCE)
@@ -114,15 +116,15 @@ def test_second_turn_in_a_padded_batch():
     turn = make_inputs(model, [more, more], seed=3)
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(**inputs, past_key_values=cache)
+        model(**inputs, **{CACHE: cache})
         mask = torch.cat([inputs["attention_mask"], turn["attention_mask"]], 1)
-        batch = model(**{**turn, "attention_mask": mask}, past_key_values=cache).logits
+        batch = model(**{**turn, "attention_mask": mask}, **{CACHE: cache}).logits
         for i in range(2):
             cache = DynamicCache(config=model.config)
-            model(**solo_inputs(inputs, rows, i), past_key_values=cache)
+            model(**solo_inputs(inputs, rows, i), **{CACHE: cache})
             solo = solo_inputs(turn, [more, more], i)
             solo.pop("attention_mask")
-            torch.testing.assert_close(batch[i : i + 1], model(**solo, past_key_values=cache).logits, **TOLERANCE)
+            torch.testing.assert_close(batch[i : i + 1], model(**solo, **{CACHE: cache}).logits, **TOLERANCE)
 
 
 @FAMILY
@@ -132,7 +134,7 @@ def test_generate_continues_a_kept_cache(family):
     first = greedy(model, inputs, 3, return_dict_in_generate=True)
     ids = torch.cat([first.sequences, torch.tensor([[11, 12, 13]])], 1)
     turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    kept = greedy(model, turn, 4, past_key_values=first.past_key_values)
+    kept = greedy(model, turn, 4, **{CACHE: find_cache(first)})
     fresh = greedy(model, {**inputs, **turn}, 4)
     assert torch.equal(kept, fresh)
 
@@ -147,12 +149,12 @@ def test_chunked_prefill(text, cuts):
     with torch.no_grad():
         output = model(**inputs)
         embeds = model.get_input_embeddings()(inputs["input_ids"])
-        embeds[visual_mask] = output.image_hidden_states.reshape(-1, embeds.shape[-1])
+        embeds[visual_mask] = used_image_features(output)
         cache = DynamicCache(config=model.config)
         logits = []
         for start, end in zip((0, *cuts), (*cuts, embeds.shape[1]), strict=True):
             chunk = {"inputs_embeds": embeds[:, start:end], "visual_mask": visual_mask[:, start:end]}
-            logits.append(model(**chunk, past_key_values=cache).logits)
+            logits.append(model(**chunk, **{CACHE: cache}).logits)
     torch.testing.assert_close(torch.cat(logits, 1), output.logits, **TOLERANCE)
 
 
@@ -167,7 +169,7 @@ def test_chunked_prefill_of_a_batch(text, step, padded):
     with torch.no_grad():
         output = model(**inputs)
         embeds = model.get_input_embeddings()(inputs["input_ids"])
-        embeds[visual_mask] = output.image_hidden_states.reshape(-1, embeds.shape[-1])
+        embeds[visual_mask] = used_image_features(output)
         cache, logits = DynamicCache(config=model.config), []
         for start in range(0, embeds.shape[1], step):
             end = start + step
@@ -176,7 +178,7 @@ def test_chunked_prefill_of_a_batch(text, step, padded):
                 chunk["attention_mask"] = inputs["attention_mask"][:, :end]
                 positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
                 chunk["position_ids"] = positions[:, start:end]
-            logits.append(model(**chunk, past_key_values=cache).logits)
+            logits.append(model(**chunk, **{CACHE: cache}).logits)
         if padded:
             output = model(**inputs, position_ids=positions)
     keep = inputs["attention_mask"].bool()
@@ -234,8 +236,8 @@ def test_candidates_that_are_image_tokens():
     for each in (model, stock):
         cache = DynamicCache(config=each.config)
         with torch.no_grad(), discard_updates(stock, LAYERS, inputs["input_ids"] == IMAGE_TOKEN):
-            each(**inputs, past_key_values=cache)
-            logits.append(each(input_ids=chunk, past_key_values=cache).logits)
+            each(**inputs, **{CACHE: cache})
+            logits.append(each(input_ids=chunk, **{CACHE: cache}).logits)
     torch.testing.assert_close(*logits, **TOLERANCE)
 
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from shortv_hf import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
+from shortv_hf.upstream import CACHE, find_cache
 
 
 ROOT = Path(os.environ.get("SHORTV_GOLDENS", Path(__file__).parent / "goldens" / "shortv"))
@@ -70,14 +71,14 @@ def test_case(models, variant, entry, attn):
         torch.testing.assert_close(torch.stack(output.hidden_states), expected["hidden_states"], **HIDDEN)
     for name, part in (("key_cache", "keys"), ("value_cache", "values")):
         if name in expected:
-            cache = torch.stack([getattr(layer, part) for layer in output.past_key_values.layers])
+            cache = torch.stack([getattr(layer, part) for layer in find_cache(output).layers])
             torch.testing.assert_close(cache, expected[name], **HIDDEN)
 
     new_ids = expected["generated_ids"]
     for step in range(new_ids.shape[1]):  # the greedy path of the released code, step by step on our cache
         torch.testing.assert_close(output.logits[:, -1], expected["step_logits"][:, step], **LOGITS)
         assert torch.equal(output.logits[:, -1].argmax(-1), new_ids[:, step])
-        output = model(input_ids=new_ids[:, step : step + 1], past_key_values=output.past_key_values)
+        output = model(input_ids=new_ids[:, step : step + 1], **{CACHE: find_cache(output)})
     generated = model.generate(**inputs, max_new_tokens=new_ids.shape[1], do_sample=False, eos_token_id=-1)
     assert torch.equal(generated[:, inputs["input_ids"].shape[1] :], new_ids)
 

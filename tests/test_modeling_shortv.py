@@ -21,6 +21,8 @@ from helpers import (
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from shortv_hf.upstream import CACHE, find_cache, used_image_features
+
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 TEXT = pytest.mark.parametrize("text", TEXT_CONFIGS)
@@ -45,7 +47,7 @@ class TestDense:
         with torch.no_grad():
             actual, expected = model(**inputs), stock(**inputs)
             assert torch.equal(actual.logits, expected.logits)
-            assert torch.equal(actual.image_hidden_states, expected.image_hidden_states)
+            assert torch.equal(used_image_features(actual), used_image_features(expected))
             assert torch.equal(model.generate(**inputs, max_new_tokens=4), stock.generate(**inputs, max_new_tokens=4))
 
     def test_text_only_and_decoding_are_bit_identical_whatever_the_layers(self, family, text, attn):
@@ -59,8 +61,8 @@ class TestDense:
                 "input_ids": torch.tensor([[5], [6]]),
                 "attention_mask": torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1),
             }
-            actual = model(**step, past_key_values=actual.past_key_values)
-            expected = stock(**step, past_key_values=expected.past_key_values)
+            actual = model(**step, **{CACHE: find_cache(actual)})
+            expected = stock(**step, **{CACHE: find_cache(expected)})
             assert torch.equal(actual.logits, expected.logits)
 
 
@@ -84,7 +86,7 @@ def test_equals_the_simple_reference(family, text, attn, layers):
 
 
 def cache_layer(output, layer):
-    cache = output.past_key_values.layers[layer]
+    cache = find_cache(output).layers[layer]
     return cache.keys, cache.values
 
 
@@ -183,7 +185,7 @@ def test_inputs_embeds_with_visual_mask(family):
     with torch.no_grad():
         expected = model(**inputs)
         embeds = model.get_input_embeddings()(inputs["input_ids"])
-        embeds[visual_mask] = expected.image_hidden_states.reshape(-1, embeds.shape[-1])
+        embeds[visual_mask] = used_image_features(expected)
         kept = {"attention_mask": inputs["attention_mask"], "inputs_embeds": embeds, "visual_mask": visual_mask}
         assert torch.equal(model(**kept).logits, expected.logits)
         new = model.generate(**kept, max_new_tokens=4)

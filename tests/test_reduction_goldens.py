@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
+from shortv_hf.upstream import CACHE, find_cache, image_features
 from shortv_hf.visual_reduction import ClsAttention, PruMerge, PruMergePlus
 from shortv_hf.visual_tokens import TokenReduction
 from shortv_hf.vtw_calibration import withdrawal_divergences
@@ -54,7 +55,7 @@ def small_config(layers):
 def kept_visual(output, k, visual):
     """Which of the visual tokens of one row layer `k` holds, counted among them."""
     numbers = visual[0].cumsum(0) - 1
-    return [int(numbers[slot]) for slot in output.past_key_values.layers[k].slots[0] if visual[0][slot]]
+    return [int(numbers[slot]) for slot in find_cache(output).layers[k].slots[0] if visual[0][slot]]
 
 
 @torch.no_grad()
@@ -102,7 +103,7 @@ def test_vtc_cls_choice(name, layer, token_num, attn):
     case = {key.split("/")[1]: value for key, value in case.items() if key.startswith(f"a_vtc_{name}/")}
     model.set_visual_reduction({"method": "vtc_cls", "layer": layer, "token_num": token_num})
     features = model.get_image_features(pixel_values=case["pixel_values"])
-    (features,) = getattr(features, "pooler_output", features)
+    (features,) = image_features(features)
     kept = features.isfinite().all(-1)
     assert kept.nonzero()[:, 0].tolist() == case["keep_indices"][0].tolist()
     torch.testing.assert_close(features[kept], case["projected"][0], **LOGITS)
@@ -176,7 +177,7 @@ def test_full_case(full_models, folder, case, attn):
     new_ids = tensors.get("expected.new_ids", tensors.get("expected.generated_ids"))
     rows = slice(0, 1) if case["name"] == "fastv_hf_cache__B2__K2_R0.5" else slice(None)  # its row 1: see B2b
     output = model(**inputs, use_cache=True)
-    lengths = [layer.keys.shape[-2] for layer in output.past_key_values.layers]
+    lengths = [layer.keys.shape[-2] for layer in find_cache(output).layers]
     assert lengths == case.get("kv_lens_after_prefill", [case.get("seq_len_after_prefill")] * 8)
     if case["method"].startswith("fastv") and 0 < case["R"] < 1:
         visual = inputs["input_ids"][:1] == model.config.image_token_id
@@ -184,7 +185,7 @@ def test_full_case(full_models, folder, case, attn):
     for step in range(new_ids.shape[1]):
         expected = tensors["expected.step_logits"][rows, step]
         torch.testing.assert_close(output.logits[rows, -1], expected, **LOGITS)
-        output = model(input_ids=new_ids[:, step : step + 1], past_key_values=output.past_key_values)
+        output = model(input_ids=new_ids[:, step : step + 1], **{CACHE: find_cache(output)})
     generated = model.generate(**inputs, max_new_tokens=new_ids.shape[1], do_sample=False, eos_token_id=-1)
     assert torch.equal(generated[rows, inputs["input_ids"].shape[1] :], new_ids[rows])
 

@@ -10,6 +10,7 @@ from processor_files import write_processor
 from test_visual_reduction import ALL, NEXT, name, reduced_model
 
 from shortv_hf.reduction_pictures import ABSENT, DROPPED, KEPT, MERGED, REST, patch_fates
+from shortv_hf.upstream import image_features
 from shortv_hf.visual_reduction import visual_reduction_from_text
 
 
@@ -44,7 +45,7 @@ def test_fates_of_tiles(options):
     inputs["image_sizes"] = torch.tensor([[10, 32]])  # a strip: most of its two tiles is padding
     with torch.no_grad():
         features = model.get_image_features(inputs["pixel_values"], inputs["image_sizes"])
-    n = len(getattr(features, "pooler_output", features)[0])
+    n = len(image_features(features)[0])
     inputs["input_ids"] = torch.tensor([[5, 6] + [IMAGE_TOKEN] * n + [7]])
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     fates = patch_fates(model, inputs, options)

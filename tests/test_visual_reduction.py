@@ -23,6 +23,7 @@ from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from shortv_hf.upstream import CACHE, find_cache, image_features, used_image_features
 from shortv_hf.visual_cache import ReducedLayer
 from shortv_hf.visual_reduction import (
     METHODS,
@@ -134,7 +135,7 @@ def check_solo(model, inputs):
         output = model(**inputs, use_cache=True)
         close(text_of(model, inputs, output.logits), expected[: -len(new)])
         for i, token in enumerate(new):
-            step = model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values)
+            step = model(input_ids=torch.tensor([[token]]), **{CACHE: find_cache(output)})
             close(step.logits[0, -1], expected[len(expected) - len(new) + i])
 
 
@@ -251,7 +252,7 @@ def test_identity_settings_are_bit_identical(family, options, layers):
         model.set_visual_reduction(None)
         off = model(**inputs, output_hidden_states=True)
     assert torch.equal(reduced.logits, off.logits) and torch.equal(ids, greedy(model, inputs))
-    assert torch.equal(reduced.image_hidden_states, off.image_hidden_states)
+    assert torch.equal(used_image_features(reduced), used_image_features(off))
     if not layers:
         assert torch.equal(reduced.logits, make_stock(model)(**inputs).logits)
 
@@ -276,8 +277,8 @@ def test_caches_shrink(options):
         "downsample": lambda: 4,
     }.get(options["method"], lambda: options["token_num"])()
     k = options.get("k", 0)
-    assert cache_lengths(output.past_key_values) == [t + v] * k + [t + kept] * (N_LAYERS - k)
-    assert output.past_key_values.get_seq_length() == t + v  # what `generate` counts on
+    assert cache_lengths(find_cache(output)) == [t + v] * k + [t + kept] * (N_LAYERS - k)
+    assert find_cache(output).get_seq_length() == t + v  # what `generate` counts on
 
 
 def test_cache_of_a_batch_is_as_long_as_its_longest_row():
@@ -298,9 +299,9 @@ class TestCaches:
         n = make_inputs(model, ["tItt"])["input_ids"].shape[1]
         pixels, cache = whole["pixel_values"], DynamicCache(config=model.config)
         with torch.no_grad():
-            model(input_ids=whole["input_ids"][:, :n], pixel_values=pixels[:1], past_key_values=cache)
+            model(input_ids=whole["input_ids"][:, :n], pixel_values=pixels[:1], **{CACHE: cache})
             images = {"pixel_values": pixels[1:]} if "I" in second else {}
-            logits = model(input_ids=whole["input_ids"][:, n:], past_key_values=cache, **images).logits
+            logits = model(input_ids=whole["input_ids"][:, n:], **{CACHE: cache}, **images).logits
             if "I" not in second:
                 inputs = {"input_ids": whole["input_ids"][:, :n], "pixel_values": pixels[:1]}
                 new = whole["input_ids"][0, n:].tolist()
@@ -326,15 +327,13 @@ class TestCaches:
             first = greedy(model, inputs, 3, return_dict_in_generate=True)
             turn = torch.cat([first.sequences, torch.tensor([[11, 12, 13]] * 3)], 1)
             mask = torch.cat([inputs["attention_mask"], torch.ones(3, 6, dtype=torch.long)], 1)
-            batch = greedy(
-                model, {"input_ids": turn, "attention_mask": mask}, 4, past_key_values=first.past_key_values
-            )
+            batch = greedy(model, {"input_ids": turn, "attention_mask": mask}, 4, **{CACHE: find_cache(first)})
             for i in range(3):
                 solo = solo_inputs(inputs, rows, i)
                 one = greedy(model, solo, 3, return_dict_in_generate=True)
                 ids = torch.cat([one.sequences, torch.tensor([[11, 12, 13]])], 1)
                 again = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-                answer = greedy(model, again, 4, past_key_values=one.past_key_values)
+                answer = greedy(model, again, 4, **{CACHE: find_cache(one)})
                 assert torch.equal(batch[i, -4:], answer[0, -4:])
 
     @METHOD
@@ -378,10 +377,10 @@ class TestCaches:
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
             turn = {"input_ids": whole["input_ids"][:, :first], "pixel_values": whole["pixel_values"][:1]}
-            model(**turn, past_key_values=cache)
+            model(**turn, **{CACHE: cache})
             model.set_visual_reduction(second)
             turn = {"input_ids": whole["input_ids"][:, first:], "pixel_values": whole["pixel_values"][1:]}
-            logits = model(**turn, past_key_values=cache).logits[0, -1]
+            logits = model(**turn, **{CACHE: cache}).logits[0, -1]
             k = N_LAYERS if second is None else second["k"]
             expected = two_turns(reference_of(model), whole, whole["input_ids"] == IMAGE_TOKEN, first, 2, k)
         close(logits, expected)
@@ -393,9 +392,9 @@ class TestCaches:
         inputs = make_inputs(model, ["tItt"])
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(**inputs, past_key_values=cache)
+            model(**inputs, **{CACHE: cache})
             model.set_visual_reduction(None)
-            logits = model(input_ids=torch.tensor([[5, 6]]), past_key_values=cache).logits[0]
+            logits = model(input_ids=torch.tensor([[5, 6]]), **{CACHE: cache}).logits[0]
         expected = text_logits(reference_of(model), inputs, [5, 6], {"method": "vtw", "k": 1}, [1, 3])
         close(logits, expected[-2:])
 
@@ -459,7 +458,7 @@ class TestOtherInputs:
         with torch.no_grad():
             expected = model(**inputs)
             embeds = model.get_input_embeddings()(inputs["input_ids"])
-            embeds[visual_mask] = expected.image_hidden_states.reshape(-1, embeds.shape[-1])
+            embeds[visual_mask] = used_image_features(expected)
             kept = {"attention_mask": inputs["attention_mask"], "inputs_embeds": embeds, "visual_mask": visual_mask}
             assert torch.equal(model(**kept).logits, expected.logits)
             assert torch.equal(greedy(model, kept), greedy(model, inputs)[:, -5:])
@@ -488,11 +487,11 @@ class TestOtherInputs:
         with torch.no_grad():
             output = model(**inputs)
             embeds = model.get_input_embeddings()(inputs["input_ids"])
-            embeds[visual_mask] = output.image_hidden_states.reshape(-1, embeds.shape[-1])
+            embeds[visual_mask] = used_image_features(output)
             cache, logits = DynamicCache(config=model.config), []
             for start, end in zip((0, *cuts), (*cuts, embeds.shape[1]), strict=True):
                 chunk = {"inputs_embeds": embeds[:, start:end], "visual_mask": visual_mask[:, start:end]}
-                logits.append(model(**chunk, past_key_values=cache).logits)
+                logits.append(model(**chunk, **{CACHE: cache}).logits)
         close(torch.cat(logits, 1)[~visual_mask], output.logits[~visual_mask])
 
     @pytest.mark.parametrize("options", [o for o in ALL if o["method"] != "fastv"], ids=name)
@@ -582,7 +581,7 @@ class TestOtherInputs:
             step = model(
                 input_ids=torch.tensor([[5], [6]]),
                 attention_mask=torch.cat([inputs["attention_mask"], torch.ones(2, 1, dtype=torch.long)], 1),
-                past_key_values=output.past_key_values,
+                **{CACHE: find_cache(output)},
                 output_attentions=True,
             )
         assert [tuple(states.shape) for states in output.hidden_states] == [(2, n, 32)] * (N_LAYERS + 1)
@@ -631,7 +630,7 @@ class TestOtherInputs:
         model = reduced_model({"method": "vtc_cls", "layer": 0, "token_num": 5})
         with torch.no_grad():
             output = model(**make_inputs(model, ["ttItIt"]))
-        assert output.image_hidden_states.shape == (10, 32) and output.image_hidden_states.isfinite().all()
+        assert used_image_features(output).shape == (10, 32) and used_image_features(output).isfinite().all()
 
     @pytest.mark.skipif(transformers.__version__ < "5", reason="4.x has no such argument")
     @pytest.mark.parametrize("family", FAMILIES)
@@ -651,7 +650,7 @@ class TestOtherInputs:
         images = make_images(model.config, 1)
         with torch.no_grad():
             features = model.get_image_features(**images)
-            features = getattr(features, "pooler_output", features)[0]
+            features = image_features(features)[0]
             kept = features[features.isfinite().all(-1)]
             newline = (kept == model.model.image_newline).all(-1)
         assert len(kept) == 3 * 2 + 4 and newline.sum() == 4  # three tiles; a grid of 4 rows
@@ -769,5 +768,5 @@ class TestPureFunctions:
         model = reduced_model({"method": "prumerge"})
         with torch.no_grad():
             features = model.get_image_features(**make_images(model.config, 12))
-        features = getattr(features, "pooler_output", features)
+        features = image_features(features)
         assert len({int(feature.isfinite().all(-1).sum()) for feature in features}) > 1

@@ -1,0 +1,241 @@
+"""What Transformers' versions spell differently, and the check that a version nobody has tested is right.
+
+No other file of the closure knows which version it runs on. Arguments that upstream may rename are read from `kwargs`
+under the name that they came with and passed on under it: the cache is found by its type, the others by `argument`,
+which raises where an argument is missing instead of taking a default for it.
+
+`check_upstream` runs on versions newer than the tested ones only, once per architecture and process.
+"""
+
+import copy
+import inspect
+import re
+import threading
+
+import torch
+import transformers
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+
+TESTED = ("4.57.0", "5.24.0")  # the oldest and the newest version that the tests have passed on
+ON_4 = transformers.__version__.startswith("4.")
+# What models call the cache: 5.24 and later, and until then.
+CACHE = "cache" if "cache" in inspect.signature(LlamaAttention.forward).parameters else "past_key_values"
+
+
+def release(version: str) -> tuple[int, ...]:
+    """`"5.24.0.dev0"` → `(5, 24, 0)`."""
+    return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", version).group().split("."))
+
+
+def is_newer_than_tested() -> bool:
+    """Whether nobody has run the tests on the installed Transformers yet."""
+    return release(transformers.__version__) > release(TESTED[1])
+
+
+def not_right(what: str) -> ValueError:
+    """The error for a Transformers that does not do what this package relies on."""
+    return ValueError(
+        f"ShortV cannot run on Transformers {transformers.__version__}: {what}. It was tested with Transformers "
+        f"{TESTED[0]} to {TESTED[1]}; install one of these, or a newer shortv_hf."
+    )
+
+
+# Arguments
+
+
+def argument(kwargs: dict, name: str):
+    """`kwargs[name]`, of the arguments that upstream hands to a decoder layer. Raises `ValueError` if it hands none."""
+    if name not in kwargs:
+        raise not_right(f"its decoder layers get no `{name}`, only {', '.join(sorted(kwargs))}")
+    return kwargs[name]
+
+
+def cache_name(kwargs: dict) -> str:
+    """The name under which `kwargs` hold a cache, or would if there were one."""
+    return next((name for name, value in kwargs.items() if isinstance(value, Cache)), CACHE)
+
+
+def find_cache(kwargs: dict) -> Cache | None:
+    """The cache in a call's arguments or in an output, whatever its name; `None` if there is none."""
+    return next((value for value in kwargs.values() if isinstance(value, Cache)), None)
+
+
+def update_cache(cache: Cache, key, value, layer: int, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """Store `key` and `value` `[B, kv_heads, S, head_dim]`, and return those that the layer attends to, `[…, K, …]`.
+
+    `kwargs` are the attention's: on 4.x the static cache writes where their `cache_position` says; 5.x ignores them.
+
+    Raises:
+        ValueError: the cache did not take them.
+    """
+    stored = cache.update(key, value, layer, kwargs)
+    if not (isinstance(stored, tuple) and len(stored) == 2 and all(map(torch.is_tensor, stored))):
+        raise not_right(f"{type(cache).__name__}.update returns {type(stored).__name__}, not keys and values")
+    if stored[0].shape[-2] < key.shape[-2]:
+        raise not_right(f"{type(cache).__name__}.update gave {stored[0].shape[-2]} of {key.shape[-2]} keys back")
+    return stored
+
+
+def cached_lengths(cache: Cache | None, layers) -> dict[int, int]:
+    """How many tokens the layers of a cache have seen, without a device synchronisation: layers that count on the
+    device (static ones) are left out; all are while a graph is compiled."""
+    if torch.compiler.is_compiling():
+        return {}
+    lengths = {layer: 0 if cache is None else cache.get_seq_length(layer) for layer in layers}
+    return {layer: length for layer, length in lengths.items() if isinstance(length, int)}
+
+
+def check_cached(cache: Cache | None, output, before: dict[int, int], chunk: int):
+    """Raises `ValueError` if a layer of the cache, the one given to a pass or made in it, did not see the pass's `chunk`
+    tokens. `before` is what [`cached_lengths`] said before it."""
+    if cache is None:
+        cache = find_cache(output) if isinstance(output, dict) else None
+    after = {} if cache is None else cached_lengths(cache, before)
+    for layer, seen in after.items():
+        if seen != before[layer] + chunk:
+            raise not_right(
+                f"layer {layer} of the cache has seen {seen} tokens after a pass of {chunk} on top of {before[layer]}"
+            )
+
+
+# Outputs
+
+
+def image_features(output) -> list[torch.Tensor]:
+    """Features per image `[n, h]`, from what `get_image_features` returns: an output object on 5.x, a list on 4.x."""
+    features = getattr(output, "pooler_output", output)
+    if not isinstance(features, (list, tuple)) and not (torch.is_tensor(features) and features.ndim == 3):
+        raise not_right(f"get_image_features returns {type(output).__name__} without the features of the images")
+    return list(features)
+
+
+def with_image_features(output, features: list[torch.Tensor]):
+    """What `get_image_features` returned, with other features in it."""
+    if not hasattr(output, "pooler_output"):
+        return features
+    output.pooler_output = features
+    return output
+
+
+def used_image_features(output) -> torch.Tensor | None:
+    """The image features `[tokens, h]` in a model's output; `None` if there are none."""
+    encoded = getattr(output, "image_outputs", None)  # 5.24; `image_hidden_states` becomes another thing there
+    if encoded is not None:
+        return torch.cat(list(image_features(encoded)))
+    if "image_outputs" in getattr(output, "__dataclass_fields__", ()):
+        return None
+    features = getattr(output, "image_hidden_states", None)
+    return features if features is None else features.flatten(0, -2)
+
+
+def set_used_image_features(output, features: torch.Tensor):
+    """Put other image features `[tokens, h]` into a model's output; the encoder's own output stays as it is."""
+    encoded = getattr(output, "image_outputs", None)
+    if encoded is not None:
+        output.image_outputs = with_image_features(copy.copy(encoded), [features])
+    else:
+        output.image_hidden_states = features
+
+
+# The self-test
+
+_checked: dict[tuple, ValueError | None] = {}
+_checking = threading.RLock()
+_running = threading.local()
+
+
+def check_upstream(model_class, text_config, plan_of_text):
+    """On a Transformers newer than the tested ones: a small model of this architecture whose layers all follow a plan, in
+    which every token is text, must give what it gives without a plan, on a cache too. Random weights, float32, CPU.
+
+    Args:
+        model_class: the ShortV text model.
+        text_config: of the model that is being built.
+        plan_of_text: makes the plan, from the number of layers, of rows and of tokens.
+
+    Raises:
+        ValueError: it does not; names the installed version and the tested ones.
+    """
+    if not is_newer_than_tested() or getattr(_running, "now", False):
+        return
+    implementation = "eager" if text_config._attn_implementation == "eager" else "sdpa"
+    config = small_text_config(text_config)
+    key = (model_class, implementation, transformers.__version__)
+    with _checking:
+        if key not in _checked:
+            _running.now = True
+            try:
+                _self_test(model_class, config, implementation, plan_of_text)
+                _checked[key] = None
+            except Exception as error:  # whatever upstream has become
+                reason = " ".join(str(error).split()) or type(error).__name__
+                ours = isinstance(error, ValueError) and reason.startswith("ShortV cannot run on")
+                _checked[key] = (
+                    error
+                    if ours
+                    else not_right(f"{model_class.__name__} fails its self-test with {type(error).__name__}: {reason}")
+                )
+            finally:
+                _running.now = False
+    if _checked[key] is not None:
+        raise _checked[key]
+
+
+def small_text_config(text_config):
+    """A copy with two heads, a narrow FFN and one layer of each kind."""
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    grouped = text_config.num_key_value_heads < text_config.num_attention_heads
+    kinds = list(dict.fromkeys(getattr(text_config, "layer_types", None) or ["full_attention"]))
+    small = {
+        **text_config.to_dict(),
+        "vocab_size": 16,
+        "hidden_size": 2 * head_dim,
+        "intermediate_size": 2 * head_dim,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1 if grouped else 2,
+        "num_hidden_layers": len(kinds),
+        **{name: None for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
+    }
+    if small.get("layer_types"):
+        small["layer_types"] = kinds
+    if small.get("sliding_window"):
+        small["sliding_window"] = 5
+    return type(text_config).from_dict(small)
+
+
+def _self_test(model_class, config, implementation, plan_of_text):
+    rows, tokens, more = 2, 8, 3
+    with torch.device("cpu"), torch.no_grad():
+        model = model_class._from_config(config, attn_implementation=implementation, dtype=torch.float32).eval()
+        generator = torch.Generator().manual_seed(0)
+        for parameter in model.parameters():  # loading leaves them uninitialised
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+        states = torch.randn(rows, tokens + more, config.hidden_size, generator=generator)
+        padding = torch.ones(rows, tokens + more, dtype=torch.long)
+        padding[1, :2] = 0
+        found = []
+        for planned in (False, True):
+            cache = DynamicCache(config=config)
+            for start, end in ((0, tokens), (tokens, tokens + more)):
+                plan = plan_of_text(config.num_hidden_layers, rows, end - start) if planned else None
+                output = model(
+                    inputs_embeds=states[:, start:end],
+                    attention_mask=padding[:, :end],
+                    **{CACHE: cache},
+                    use_cache=True,
+                    freeze_plan=plan,
+                )
+                found.append([output.last_hidden_state[padding[:, start:end].bool()]])
+            found[-1] += [part for layer in cache.layers for part in (layer.keys, layer.values)]
+    dense, ours = found[:2], found[2:]
+    for expected, actual in zip(sum(dense, []), sum(ours, []), strict=True):
+        if (
+            actual is None
+            or expected.shape != actual.shape
+            or not torch.allclose(actual, expected, atol=1e-4, rtol=1e-4)
+        ):
+            raise not_right(
+                f"{model_class.__name__} with a plan in which all tokens are text differs from the stock layers"
+            )
