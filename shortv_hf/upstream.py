@@ -15,13 +15,13 @@ import threading
 import torch
 import transformers
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaModel
 
 
 TESTED = ("4.57.0", "5.24.0")  # the oldest and the newest version that the tests have passed on
 ON_4 = transformers.__version__.startswith("4.")
 # What models call the cache: 5.24 and later, and until then.
-CACHE = "cache" if "cache" in inspect.signature(LlamaAttention.forward).parameters else "past_key_values"
+CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters else "past_key_values"
 
 
 def release(version: str) -> tuple[int, ...]:
@@ -207,7 +207,7 @@ def small_text_config(text_config):
 
 def _self_test(model_class, config, implementation, plan_of_text):
     rows, tokens, more = 2, 8, 3
-    with torch.device("cpu"), torch.no_grad():
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         model = model_class._from_config(config, attn_implementation=implementation, dtype=torch.float32).eval()
         generator = torch.Generator().manual_seed(0)
         for parameter in model.parameters():  # loading leaves them uninitialised

@@ -45,6 +45,7 @@ class TokenReduction:
     def __init__(self, visual: VisualTokens | None, inputs_embeds, attention_mask, position_ids, cache):
         self.batch_size, self.length = inputs_embeds.shape[:2]
         self.visual, self.attention_mask, self.inputs_embeds = visual, attention_mask, inputs_embeds
+        self.cache = cache
         self.past = 0 if cache is None else int(cache.get_seq_length())
         self.first_layer = None  # the first that sees fewer tokens; None if all see the same
         self.positions = self.valid = self.counts = None  # of the kept tokens in the chunk: [B, Q], [B, Q] or None

@@ -61,7 +61,7 @@ def test_rows_of_the_causal_mask(masks, past, window):
         config = types.SimpleNamespace(_attn_implementation=implementation)
         attention = types.SimpleNamespace(config=config, sliding_window=window)
         fresh = FreezePlan.build([0], visual, valid.long())
-        return fresh.text_mask(attention, attention_mask, key_states, past_key_values=object(), position_ids=None)
+        return fresh.text_mask(attention, attention_mask, key_states, cached=True, position_ids=None)
 
     expected = torch.stack([full[row][plan.text_positions[row]] for row in range(batch)])[:, None]
     is_text = plan.is_text if plan.is_text is not None else torch.ones_like(plan.text_positions, dtype=torch.bool)
