@@ -85,7 +85,7 @@ def main() -> int:
     arguments = parser.parse_args()
     rows = []
     if arguments.output and arguments.output.exists():
-        rows = json.loads(arguments.output.read_text(encoding="utf-8"))
+        rows = json.loads(arguments.output.read_text(encoding="utf-8"))["rows"]
     for version in arguments.versions or VERSIONS:
         row = run_core(arguments.python, install(version, arguments.python, arguments.folder))
         key = ("transformers", "torch", "python")
@@ -93,7 +93,7 @@ def main() -> int:
         rows.sort(key=lambda row: [[int(part) for part in re.findall(r"\d+", row[name])] for name in key])
         print(table([row]).splitlines()[-1], *row.get("failures", ()), row.get("error", ""), sep="\n", flush=True)
         if arguments.output:
-            arguments.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            arguments.output.write_text(json.dumps({"tests": CORE, "rows": rows}, indent=1) + "\n", encoding="utf-8")
             arguments.output.with_suffix(".md").write_text(table(rows), encoding="utf-8")
     print(table(rows))
     return int(any(row["failed"] or "error" in row for row in rows))

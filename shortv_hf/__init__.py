@@ -48,7 +48,7 @@ def _register():
 
 _register()
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AutoModelForVision2Seq",
     "ShortVLlavaConfig",

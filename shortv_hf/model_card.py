@@ -9,6 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from transformers import PretrainedConfig
 
 from .flops import flops_ratio, prefill_flops
+from .upstream import TESTED
 
 
 METRICS = ("MME", "MMBench", "MMMU", "MMStar", "SEED-Bench", "GQA", "Flickr30K", "average", "retained, %")
@@ -236,7 +237,11 @@ print(processor.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_spe
 
 `device_map="auto"` needs `accelerate`. On Transformers 4.57, `AutoModelForVision2Seq` loads it too (5.x removed that
 class). `pipeline("image-text-to-text", model=repo, revision=revision, trust_remote_code=True)` works on both.
-`model.set_shortv_layers([...])` changes the frozen layers at run time; `[]` is the dense model."""
+`model.set_shortv_layers([...])` changes the frozen layers at run time; `[]` is the dense model.
+
+Tested with Transformers {TESTED[0]} to {TESTED[1]}. Under a newer one, the code first compares a small layer with the stock
+one and raises an error if they differ. **Upgrade:** repos whose code is older than `shortv_hf` 0.2.0 (they have no
+`upstream.py`) answer wrongly on Transformers 5.24 and newer; build them again."""
 
 
 def _trust(name: str) -> str:

@@ -2,8 +2,8 @@
 
     python edited_upstream.py CASES      JSON: {case: [[module, region, pattern, replacement], ...]}
 
-Each case runs twice in processes of their own: as a version that nobody has tested, and as one of the tested range, where
-only the checks made in every pass are left. Prints JSON: case → mode → what the user gets, an error or how far the
+Each case runs in a process of its own, first as a version of the tested range, where only the checks made in every pass
+are left, then as one that nobody has tested. Prints JSON: case → mode → what the user gets, an error or how far the
 logits are from a stock model that throws away what frozen layers do to visual tokens.
 """
 
@@ -13,7 +13,6 @@ import json
 import os
 import re
 import sys
-import traceback
 
 import torch  # noqa: F401  before the forks, since it is slow
 import transformers  # noqa: F401
@@ -50,8 +49,7 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def outcome(edits, untested: bool) -> str:
-    sys.meta_path.insert(0, Finder(edits))
+def outcome(untested: bool) -> str:
     from shortv_hf import upstream
 
     if untested:
@@ -77,25 +75,25 @@ def outcome(edits, untested: bool) -> str:
     return f"off by {worst:.0e}" if worst > 1e-4 else "right"
 
 
-def run(edits, untested: bool) -> str:
+def run(edits) -> dict[str, str]:
     """[`outcome`] in a fork, in which nothing of what is edited has been imported."""
     read, write = os.pipe()
     if os.fork() == 0:
-        try:
-            text = outcome(edits, untested)
-        except BaseException as error:
-            text = f"{type(error).__name__}: {error}"
-            traceback.print_exc()
-        os.write(write, text.encode())
+        found = {}
+        sys.meta_path.insert(0, Finder(edits))
+        for mode in ("tested", "untested"):
+            try:
+                found[mode] = outcome(mode == "untested")
+            except BaseException as error:
+                found[mode] = f"{type(error).__name__}: {error}"
+        os.write(write, json.dumps(found).encode())
         os._exit(0)
     os.close(write)
     with os.fdopen(read) as pipe:
         text = pipe.read()
     os.wait()
-    return text
+    return json.loads(text)
 
 
 if __name__ == "__main__":
-    cases = json.loads(sys.argv[1])
-    print(json.dumps({name: {mode: run(edits, mode == "untested") for mode in ("untested", "tested")}
-                      for name, edits in cases.items()}))  # fmt: skip
+    print(json.dumps({name: run(edits) for name, edits in json.loads(sys.argv[1]).items()}))

@@ -58,6 +58,10 @@ def test_code(repo):
     assert problems(repo)["imports"] == "code imports numpy"
     assert problems(repo)["code files"].startswith("decoder_layer.py differs from shortv_hf ")
     code.write_text(original)
+    (repo / "upstream.py").rename(repo / "freezing.py")  # what code of 0.1 lacked
+    assert problems(repo)["code files"].startswith("upstream.py is missing; freezing.py is not ShortV's")
+    assert problems(repo)["code files"].endswith("wrong answers without an error): build the repo again")
+    (repo / "freezing.py").rename(repo / "upstream.py")
     (repo / "extra.py").write_text("from ..elsewhere import x\n")
     assert problems(repo) == {"code files": "extra.py is not ShortV's", "imports": "extra.py imports from ..elsewhere"}
     (repo / "extra.py").write_text("def broken(:\n")

@@ -75,7 +75,7 @@ def test_build_and_publish(world):
     assert names == {
         "README.md", "base_weights.py", "chat_template.jinja", "config.json", "configuration_shortv.py",
         "decoder_layer.py", "freeze_plan.py", "generation_config.json", "modeling_shortv.py", "visual_cache.py",
-        "visual_images.py", "visual_reduction.py", "visual_tokens.py",
+        "upstream.py", "visual_images.py", "visual_reduction.py", "visual_tokens.py",
         "preprocessor_config.json", "processor_config.json", "special_tokens_map.json", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
@@ -133,7 +133,7 @@ def test_check_repo(world):
     assert code == 0, output
     lines = output.splitlines()
     assert len(lines) == 11 and lines[-1] == "me/shortv: in order" and all(line[:5] == "ok   " for line in lines[:-1])
-    assert "9 files, equal to those of shortv_hf" in output and f"org/base at {world.pinned}" in output
+    assert "10 files, equal to those of shortv_hf" in output and f"org/base at {world.pinned}" in output
     assert "none missing" in output and "4 out" in output
 
     code, _, error = world.shell("check-repo", "me/nothing")
