@@ -116,6 +116,8 @@ def test_answers_are_those_of_generate(client, repo):
     with ThreadPoolExecutor(len(images)) as pool:
         replies = list(pool.map(lambda image: ask(client, repo, image), images * 2))
     assert [reply.choices[0].message.content for reply in replies] == answers * 2
+    log = (repo.parent / "log").read_text()
+    assert "FutureWarning" not in log and "past_key_values" not in log, log
 
 
 def test_only_the_named_model_is_served(client):

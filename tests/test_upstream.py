@@ -2,22 +2,28 @@
 
 import inspect
 import json
+import logging
 import os
 import pkgutil
 import subprocess
 import sys
 import warnings
+from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from helpers import make_inputs, make_model
+from helpers import FAMILIES, make_inputs, make_model
+from PIL import Image
+from processor_files import write_processor
 from transformers.cache_utils import DynamicCache
+from transformers.utils import logging as transformers_logging
 
 import shortv_hf
 from shortv_hf import upstream
+from shortv_hf.chat import Conversation, load
 from shortv_hf.upstream import CACHE
 
 
@@ -183,14 +189,48 @@ def test_a_cache_that_misses_a_chunk_is_an_error():
         model(**inputs, **{CACHE: Forgetful(config=model.config)})
 
 
-@pytest.mark.parametrize("family", ["llava", "llava_next"])
-@pytest.mark.parametrize(
+@contextmanager
+def nothing_deprecated():
+    """Inside, Transformers must not say that a name is on its way out, by a warning or in its log."""
+    transformers_logging.warning_once.cache_clear()
+    records, handler = [], logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger("transformers").addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", FutureWarning)
+            warnings.simplefilter("error", DeprecationWarning)
+            yield
+    finally:
+        logging.getLogger("transformers").removeHandler(handler)
+    assert not [record for record in records if "deprecat" in record]
+
+
+REDUCTION = pytest.mark.parametrize(
     "reduction", [None, {"method": "fastv", "k": 2}, {"method": "random", "token_num": 6}], ids=str
 )
-def test_generate_warns_of_nothing_old(family, reduction):
+
+
+@REDUCTION
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_uses_no_deprecated_name(family, reduction):
     model = make_model(family, shortv_layers=[1, 2], visual_reduction=reduction)
     inputs = make_inputs(model, ["ttItt", "tIt"])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", FutureWarning)
-        warnings.simplefilter("error", DeprecationWarning)
+    with nothing_deprecated():
         model.generate(**inputs, max_new_tokens=3, do_sample=False, suppress_tokens=[98])
+
+
+@REDUCTION
+def test_chat_and_pipeline_use_no_deprecated_name(tmp_path, reduction):
+    model = make_model(shortv_layers=[1, 2], visual_reduction=reduction)
+    model.generation_config.suppress_tokens = [98]
+    model.save_pretrained(tmp_path)
+    write_processor(tmp_path)
+    model, processor = load(str(tmp_path))
+    image = Image.new("RGB", (20, 14), "red")
+    with nothing_deprecated():
+        talk = Conversation(model, processor, max_new_tokens=2)
+        talk.ask("what is this ?", [image])
+        talk.ask("is this red ?", [] if reduction else [image])
+        answer = transformers.pipeline("image-text-to-text", model=model, processor=processor)
+        answer(text="<image> what is this ?", images=image, generate_kwargs={"max_new_tokens": 2, "do_sample": False})
