@@ -1,6 +1,6 @@
 """Run the core tests on several versions of Transformers and print a table.
 
-    python scripts/test_matrix.py [VERSION ...] [--python PYTHON] [--folder FOLDER] [--output FILE.json]
+    python scripts/test_matrix.py [VERSION ... | --installed] [--python PYTHON] [--folder FOLDER] [--output FILE.json]
 
 Each version is installed into a folder of its own beside the others and goes before what the interpreter has; everything
 else (torch, pytest, accelerate) is the interpreter's, which needs the `test` extra. `--python` names another interpreter,
@@ -56,6 +56,7 @@ def run_core(python: str, target: Path | None) -> dict:
         start = time.perf_counter()
         result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         row["seconds"] = round(time.perf_counter() - start)
+        print("\n".join(result.stdout.splitlines()[-1:]), flush=True)
         if not report.exists():
             return {**row, "passed": 0, "failed": 0, "skipped": 0, "error": (result.stdout + result.stderr)[-2000:]}
         suite = ElementTree.parse(report).getroot().find("testsuite").attrib
@@ -79,6 +80,7 @@ def table(rows: list[dict]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("versions", nargs="*", help=f"of Transformers (default: {', '.join(VERSIONS)})")
+    parser.add_argument("--installed", action="store_true", help="the version that the interpreter has, and no other")
     parser.add_argument("--python", default=sys.executable, help="interpreter with the test extra (default: this one)")
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv-matrix", help="where versions are installed")
     parser.add_argument("--output", type=Path, help="JSON file; a Markdown table is written beside it")
@@ -86,8 +88,9 @@ def main() -> int:
     rows = []
     if arguments.output and arguments.output.exists():
         rows = json.loads(arguments.output.read_text(encoding="utf-8"))["rows"]
-    for version in arguments.versions or VERSIONS:
-        row = run_core(arguments.python, install(version, arguments.python, arguments.folder))
+    for version in [None] if arguments.installed else arguments.versions or VERSIONS:
+        target = None if version is None else install(version, arguments.python, arguments.folder)
+        row = run_core(arguments.python, target)
         key = ("transformers", "torch", "python")
         rows = [old for old in rows if any(old[name] != row[name] for name in key)] + [row]
         rows.sort(key=lambda row: [[int(part) for part in re.findall(r"\d+", row[name])] for name in key])

@@ -15,6 +15,9 @@ from shortv_hf import calibration_data
 from shortv_hf.calibration_data import Case, load_cases, load_samples
 
 
+pytestmark = pytest.mark.once
+
+
 @pytest.fixture
 def folder(tmp_path):
     lines = []

@@ -12,6 +12,8 @@ from test_visual_reduction import reduced_model
 from shortv_hf.flops import flops_ratio
 
 
+pytestmark = pytest.mark.once
+
 SCRIPT = Path(__file__).parent.parent / "scripts" / "compare_reductions.py"
 specification = importlib.util.spec_from_file_location("compare_reductions", SCRIPT)
 script = importlib.util.module_from_spec(specification)

@@ -11,6 +11,9 @@ from shortv_hf import evaluation, shapes
 from shortv_hf.calibration_data import Case, load_cases
 
 
+pytestmark = pytest.mark.once
+
+
 @pytest.fixture(scope="module")
 def model_and_processor(tmp_path_factory):
     folder = write_processor(tmp_path_factory.mktemp("processor"))

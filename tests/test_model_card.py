@@ -11,6 +11,8 @@ from shortv_hf import ShortVLlavaConfig
 from shortv_hf.model_card import demo_card, reference_card, with_repo_id
 
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "hub_configs" / "shortv-llava-1.5-7b-hf"
 LOADED = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}

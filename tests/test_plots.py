@@ -6,6 +6,9 @@ from PIL import Image
 from shortv_hf import plots
 
 
+pytestmark = pytest.mark.once
+
+
 @pytest.fixture
 def figures(monkeypatch):
     made = []

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 
+pytestmark = pytest.mark.once
+
 SCRIPT = Path(__file__).parent.parent / "scripts" / "prefill_memory.py"
 specification = importlib.util.spec_from_file_location("prefill_memory", SCRIPT)
 prefill_memory = importlib.util.module_from_spec(specification)

@@ -12,6 +12,8 @@ from test_base_weights import write_checkpoint
 from shortv_hf.hub import build_repo
 
 
+pytestmark = pytest.mark.once
+
 pytest.importorskip("typer")
 TOKEN = "hf_a_secret_that_nobody_sees"
 COMMIT = "0123456789" * 4

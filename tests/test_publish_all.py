@@ -17,6 +17,8 @@ from shortv_hf.check_repo import check_files
 from shortv_hf.hub import code_files
 
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 PAPER = "shortv-llava-1.5-7b-hf"
 SCRIPT = """

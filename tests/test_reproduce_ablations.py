@@ -11,6 +11,8 @@ from PIL import Image
 from shortv_hf import chat
 
 
+pytestmark = pytest.mark.once
+
 SCRIPT = Path(__file__).parent.parent / "scripts" / "reproduce_ablations.py"
 specification = importlib.util.spec_from_file_location("reproduce_ablations", SCRIPT)
 script = importlib.util.module_from_spec(specification)

@@ -7,6 +7,9 @@ import pytest
 from shortv_hf import shapes
 
 
+pytestmark = pytest.mark.once
+
+
 def sample(seed):
     rng = random.Random(seed)
     return shapes.make_scene(rng), rng
