@@ -24,7 +24,7 @@ import transformers
 
 from shortv_hf import evaluation
 from shortv_hf.calibration_data import Case, encode
-from shortv_hf.chat import count_prefill_flops, frozen_layers, load, token_reduction
+from shortv_hf.chat import count_prefill_flops, load
 from shortv_hf.flops import flops_ratio, prefill_flops
 from shortv_hf.layer_contribution import joint_kl, to_device
 from shortv_hf.upstream import find_cache
@@ -103,7 +103,7 @@ def compare(
     rows, reference = [], None
     for name, frozen, options in variants:
         print(f"{name} ...", file=sys.stderr)
-        with frozen_layers(model, frozen), token_reduction(model, options):
+        with model.using(shortv_layers=frozen, visual_reduction=options):
             answers = evaluation.answer(model, processor, cases, batch_size, max_new_tokens)
             flops, nbytes = cost(model, processor, cases[:measured])
         reference = (flops, nbytes) if reference is None else reference

@@ -61,10 +61,8 @@ class Measurement:
         key = (frozenset(layers), tokens)
         if key not in self.known:
             uncached = {} if tokens == "visual" else {"use_cache": False}  # see `frozen_tokens`
-            with frozen_tokens(self.model, layers, tokens):
-                self.model.set_visual_reduction(self.reduction)
+            with self.model.using(visual_reduction=self.reduction), frozen_tokens(self.model, layers, tokens):
                 answers = evaluation.answer(self.model, self.processor, self.cases, self.batch_size, **uncached)
-                self.model.set_visual_reduction(None)
             self.known[key] = {
                 "accuracy": evaluation.accuracy(answers, self.cases),
                 "kl": joint_kl(self.model, self.batches, layers, tokens=tokens, visual_reduction=self.reduction),

@@ -4,8 +4,7 @@ Used by `shortv chat`. Works with every model this package loads: ShortV repos a
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,28 +96,6 @@ def load_images(names: list[str]) -> list:
             reason = "no such file" if missing else f"{type(error).__name__}: {first_line}"
             raise ValueError(f"cannot read the image {name}: {reason}") from None
     return images
-
-
-@contextmanager
-def frozen_layers(model: PreTrainedModel, layers: list[int]) -> Iterator[PreTrainedModel]:
-    """The model with other frozen layers, for a while."""
-    before = model.config.shortv_layers
-    model.set_shortv_layers(layers)
-    try:
-        yield model
-    finally:
-        model.set_shortv_layers(before)
-
-
-@contextmanager
-def token_reduction(model: PreTrainedModel, options: dict | None) -> Iterator[PreTrainedModel]:
-    """The model with another `visual_reduction`, for a while."""
-    before = model.config.visual_reduction
-    model.set_visual_reduction(options)
-    try:
-        yield model
-    finally:
-        model.set_visual_reduction(before)
 
 
 class _Stream(BaseStreamer):
@@ -273,12 +250,12 @@ def compare(
     answers = {name: [] for name in variants}
     for _ in range(repeats + 1):
         for name, (layers, reduction) in variants.items():
-            with frozen_layers(model, layers), token_reduction(model, reduction):
+            with model.using(shortv_layers=layers, visual_reduction=reduction):
                 answers[name].append(Conversation(model, processor, max_new_tokens).ask(prompt, images))
     result = {}
     for name, (layers, reduction) in variants.items():
         times = sorted(answer.time_to_first_token for answer in answers[name][1:])
-        with frozen_layers(model, layers), token_reduction(model, reduction):
+        with model.using(shortv_layers=layers, visual_reduction=reduction):
             flops = count_prefill_flops(model, processor, prompt, images)
         result[name] = {
             "answer": answers[name][-1].text,

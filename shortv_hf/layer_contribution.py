@@ -218,9 +218,8 @@ def joint_kl_curve(
             sample = to_device(model, sample)
             dense = last_logits(model, sample)
             row = []
-            model.set_visual_reduction(visual_reduction)
             for layers in layer_sets:
-                with frozen_tokens(model, layers, tokens):
+                with model.using(visual_reduction=visual_reduction), frozen_tokens(model, layers, tokens):
                     row.append(divergence(dense, last_logits(model, sample), kl))
         values.append(torch.stack(row, dim=1).double())
     if not values:
@@ -302,14 +301,12 @@ def frozen_tokens(model: PreTrainedModel, layers: list[int], tokens: str = "visu
     generated token is text too, and the frozen pass needs the whole sequence.
     """
     check_choices(tokens=tokens)
-    if tokens != "visual" and model.config.visual_reduction is not None:
+    if tokens != "visual" and model.settings[1] is not None:
         raise ValueError(f"a reduction drops visual tokens; it does not go with freezing {tokens} tokens")
-    before = model.config.shortv_layers
-    model.set_shortv_layers(layers)  # checks the ids
     with ExitStack() as stack:
-        stack.callback(model.set_shortv_layers, before)
+        stack.enter_context(model.using(shortv_layers=layers))  # checks the ids
         if tokens != "visual":
-            model.set_shortv_layers([])
+            stack.enter_context(model.using(shortv_layers=[]))
             plan = {}
 
             def build_plan(module, args, kwargs):
@@ -452,13 +449,11 @@ def _rank_greedily(model, summary, samples, tokens, kl, layers_per_batch):
 @contextmanager
 def _measuring(model: PreTrainedModel) -> Iterator[None]:
     """The dense model in evaluation mode, without visual-token reduction, for a while."""
-    training, reduction = model.training, model.config.visual_reduction
+    training = model.training
     try:
-        model.set_visual_reduction(None)
-        with torch.inference_mode(), frozen_tokens(model.eval(), []):
+        with torch.inference_mode(), model.eval().using(shortv_layers=[], visual_reduction=None):
             yield
     finally:
-        model.set_visual_reduction(reduction)
         model.train(training)
 
 

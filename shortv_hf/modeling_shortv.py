@@ -6,7 +6,11 @@ decoder), `visual_images.py` (features are cut before it).
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
+from types import EllipsisType, MappingProxyType
 
 import torch
 from torch import nn
@@ -53,7 +57,7 @@ from .upstream import (
     with_image_features,
 )
 from .visual_cache import is_reduced
-from .visual_images import reduced_image_features
+from .visual_images import listen, reduced_image_features
 from .visual_reduction import FastV, ImageReduction, ModelSizes, Reduction, parse_visual_reduction
 from .visual_tokens import TokenReduction, VisualTokens, is_dropped
 
@@ -128,8 +132,46 @@ def without_ours(kwargs: dict) -> dict:
     return {name: value for name, value in kwargs.items() if name not in ("freeze_plan", "visual_tokens")}
 
 
+# By the id of a config: what `using` has put in force, in this thread or asyncio task. Compiled graphs cannot read a
+# context variable, and need not while no block is open anywhere: `_OPEN` has an entry for each.
+_USING: ContextVar[dict[int, dict]] = ContextVar("settings in use", default=MappingProxyType({}))
+_OPEN: list[int] = []
+
+
 class ShortVSettingsMixin:
     """Modifications: what is frozen can be switched at run time."""
+
+    @property
+    def settings(self) -> tuple[list[int], dict | None]:
+        """The frozen layers and the reduction in force here: the config's, unless inside [`using`]."""
+        used = _USING.get().get(id(self.config), {}) if _OPEN else {}
+        layers = used.get("shortv_layers", self.config.shortv_layers)
+        return layers, used.get("visual_reduction", self.config.visual_reduction)
+
+    @contextmanager
+    def using(
+        self, *, shortv_layers: list[int] | EllipsisType = ..., visual_reduction: dict | None | EllipsisType = ...
+    ) -> Iterator["ShortVSettingsMixin"]:
+        """Inside, the model freezes these layers and reduces by this method; what is not given stays. The config is not
+        touched, and other threads that use the model are not either: a thread that is started inside must enter
+        `using` itself.
+
+        Raises:
+            ValueError: as [`set_shortv_layers`] and [`set_visual_reduction`].
+        """
+        used = dict(_USING.get().get(id(self.config), {}))
+        if shortv_layers is not ...:
+            n_layers = self.config.text_config.num_hidden_layers
+            used["shortv_layers"] = validate_shortv_layers(shortv_layers, n_layers)
+        if visual_reduction is not ...:
+            used["visual_reduction"] = validate_visual_reduction(visual_reduction, self.config)
+        token = _USING.set({**_USING.get(), id(self.config): used})
+        _OPEN.append(id(self.config))
+        try:
+            yield self
+        finally:
+            _OPEN.remove(id(self.config))
+            _USING.reset(token)
 
     def set_shortv_layers(self, shortv_layers: list[int]):
         """Freeze visual tokens in these decoder layers from now on; `[]` is the dense model. No weight changes.
@@ -182,7 +224,8 @@ class ShortVModelMixin(ShortVSettingsMixin):
             ValueError: if image tokens and image features do not match in number, `visual_mask` does not fit, or
                 `visual_reduction` cannot work on such inputs.
         """
-        if self.config.shortv_layers or self.config.visual_reduction is not None:
+        layers, visual_reduction = self.settings
+        if layers or visual_reduction is not None:
             features = pixel_values is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None
             visual_mask = self._get_visual_mask(input_ids, inputs_embeds, features, find_cache(kwargs), visual_mask)
             reduction = None if visual_mask is None else self._active_reduction()
@@ -193,11 +236,11 @@ class ShortVModelMixin(ShortVSettingsMixin):
                         "`pixel_values`, or set visual_reduction to None"
                     )
                 self.config.validate_shortv()  # the list can have been assigned since
-                tokens = VisualTokens(visual_mask, reduction, self.config.shortv_layers, skip_padding)
+                tokens = VisualTokens(visual_mask, reduction, layers, skip_padding)
                 kwargs = {**kwargs, "visual_tokens": tokens}
-            elif visual_mask is not None and self.config.shortv_layers:
+            elif visual_mask is not None and layers:
                 padding_mask = kwargs.get("attention_mask") if skip_padding else None
-                plan = self._build_plan(visual_mask, padding_mask, pixel_values, kwargs)
+                plan = self._build_plan(layers, visual_mask, padding_mask, pixel_values, kwargs)
                 kwargs = kwargs if plan is None else {**kwargs, "freeze_plan": plan}
         output = super().forward(input_ids, pixel_values, *args, inputs_embeds=inputs_embeds, **kwargs)
         if "visual_tokens" in kwargs:
@@ -207,11 +250,12 @@ class ShortVModelMixin(ShortVSettingsMixin):
         return output
 
     def _active_reduction(self) -> Reduction | None:
-        """The options of `config.visual_reduction`, or `None` if it changes nothing: the dense code runs then."""
-        if self.config.visual_reduction is None:
+        """The options of the reduction in force, or `None` if it changes nothing: the dense code runs then."""
+        _, options = self.settings
+        if options is None:
             return None
         sizes = ModelSizes.of(self.config)
-        reduction = parse_visual_reduction(self.config.visual_reduction, sizes)
+        reduction = parse_visual_reduction(options, sizes)
         return None if reduction.identity(sizes) else reduction
 
     def _reduce_image_features(self, get_features, image_sizes=None, return_dict=None):
@@ -230,12 +274,12 @@ class ShortVModelMixin(ShortVSettingsMixin):
         output = with_image_features(outputs[0], marked)
         return output.to_tuple() if return_dict is False else output
 
-    def _build_plan(self, visual_mask, padding_mask, pixel_values, kwargs):
+    def _build_plan(self, layers, visual_mask, padding_mask, pixel_values, kwargs):
         if torch.compiler.is_compiling():
             bound = self._max_text_tokens(visual_mask, pixel_values, kwargs)
-            return FreezePlan.build(self.config.shortv_layers, visual_mask, padding_mask, bound)
+            return FreezePlan.build(layers, visual_mask, padding_mask, bound)
         self.config.validate_shortv()  # the list can have been assigned since
-        return FreezePlan.build(self.config.shortv_layers, visual_mask, padding_mask)
+        return FreezePlan.build(layers, visual_mask, padding_mask)
 
     def _image_token_mask(self, input_ids, inputs_embeds):
         """Positions of the image token, `[B, S]` bool; among embeddings, those equal to its own."""
@@ -350,6 +394,7 @@ class ShortVLlavaModel(ShortVModelMixin, BaseWeightsMixin, LlavaModel):
         self.vision_tower = AutoModel.from_config(config.vision_config)
         self.multi_modal_projector = LlavaMultiModalProjector(config)
         self.language_model = build_text_model(config.text_config)
+        listen(self)
         self.post_init()
 
     def get_image_features(self, pixel_values, *args, return_dict=None, **kwargs):
@@ -385,6 +430,7 @@ class ShortVLlavaNextModel(ShortVModelMixin, BaseWeightsMixin, LlavaNextModel):
         self.image_newline = nn.Parameter(torch.randn(config.text_config.hidden_size, dtype=self.dtype) * embed_std)
         self.vocab_size = config.text_config.vocab_size
         self.language_model = build_text_model(config.text_config)
+        listen(self)
         self.post_init()
 
     def get_image_features(self, pixel_values, image_sizes, *args, return_dict=None, **kwargs):

@@ -11,7 +11,6 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedModel, ProcessorMixin
 
-from .chat import token_reduction
 from .upstream import find_cache, image_features
 from .visual_images import VisionRecorder, places_of_patches
 from .visual_reduction import (
@@ -69,7 +68,7 @@ def patch_fates(model: PreTrainedModel, inputs: dict, options: dict | None) -> l
     if "image_sizes" in inputs:
         tiles, places = places_of_patches(model.model, inputs["image_sizes"][:1], n)
     place = places[0]
-    with token_reduction(model, options):
+    with model.using(visual_reduction=options):
         if isinstance(reduction, (PruMerge, Downsample)):
             states, group = _merged(model, inputs, reduction, n)
         elif isinstance(reduction, ImageReduction):
@@ -120,7 +119,7 @@ def _merged(model, inputs, reduction, n):
         rows, columns = torch.arange(side) // reduction.factor, torch.arange(side) // reduction.factor
         group = (rows[:, None] * (side // reduction.factor) + columns).flatten()
         return torch.full((n,), MERGED), group
-    with token_reduction(model, None), VisionRecorder(model.model.vision_tower, reduction) as recorder:
+    with model.using(visual_reduction=None), VisionRecorder(model.model, reduction) as recorder:
         model.get_image_features(pixel_values=inputs["pixel_values"][:1])
     (vision,) = recorder.attentions()
     kept = reduction.kept_patches(vision.row(heads=1)[0])

@@ -5,6 +5,8 @@ fill the prompt's image tokens; those that the method leaves out are marked (`vi
 drops their positions before its first layer. Marks travel with the features through whatever `generate` does to them.
 """
 
+from contextvars import ContextVar
+
 import torch
 from transformers.models.clip.modeling_clip import CLIPAttention
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -13,32 +15,59 @@ from .visual_reduction import ClsAttention, ImageReduction, MergingReduction, ke
 from .visual_tokens import DROPPED
 
 
-class VisionRecorder:
-    """While open, records [CLS] query and keys of some layers of a CLIP tower. The tower computes them anyway; no
-    attention matrix is made, whatever its attention implementation."""
+# The recorder of the pass that this thread (or asyncio task) is in. Modules are shared by all threads, so a pass leaves
+# nothing on them: the hooks below are there from construction on, and do nothing outside a recorder's pass. Compiled
+# graphs cannot read a context variable, and need not while no recorder is open anywhere: `_OPEN` holds those that are.
+_RECORDER: ContextVar["VisionRecorder | None"] = ContextVar("vision recorder", default=None)
+_OPEN: list["VisionRecorder"] = []
 
-    def __init__(self, tower, reduction: ImageReduction):
-        self.layers = []
+
+def listen(model):
+    """Hooks by which a [`VisionRecorder`] sees the vision tower and changes what the projector gets."""
+    for module in model.vision_tower.modules():
+        if isinstance(module, CLIPAttention):
+            module.register_forward_pre_hook(_record, with_kwargs=True)
+    model.multi_modal_projector.register_forward_pre_hook(_before_projection)
+
+
+def _record(module, args, kwargs):
+    recorder = _RECORDER.get() if _OPEN else None
+    if recorder is not None and module in recorder.layers:
+        recorder.record(module, args[0] if args else kwargs["hidden_states"])
+
+
+def _before_projection(module, args):
+    recorder = _RECORDER.get() if _OPEN else None
+    if recorder is not None and recorder.merge is not None and module is recorder.projector:
+        return (recorder.merge(*args),)
+
+
+class VisionRecorder:
+    """While open, records [CLS] query and keys of some layers of a CLIP tower, and lets `merge` replace the features that
+    go into the projector. No attention matrix is made, whatever the tower's attention implementation; the recorded
+    keys are computed once more, 0.1 % of a 7B prefill."""
+
+    def __init__(self, model, reduction: ImageReduction, merge=None):
+        self.layers, self.projector, self.merge = [], model.multi_modal_projector, merge
         if reduction.needs_cls_attention:
-            layers = [module for module in tower.modules() if isinstance(module, CLIPAttention)]
+            layers = [module for module in model.vision_tower.modules() if isinstance(module, CLIPAttention)]
             self.layers = [layers[i] for i in reduction.vision_layers(len(layers))]
         self.queries, self.keys = {}, {}
 
     def __enter__(self):
-        def record(layer, into, select):
-            return lambda module, args, output: into.update({layer: select(output).detach()})
-
-        self._hooks = []
-        for layer in self.layers:
-            self._hooks += [
-                layer.q_proj.register_forward_hook(record(layer, self.queries, lambda output: output[:, 0])),
-                layer.k_proj.register_forward_hook(record(layer, self.keys, lambda output: output)),
-            ]
+        self._token = _RECORDER.set(self)
+        _OPEN.append(self)
         return self
 
     def __exit__(self, *_):
-        for hook in self._hooks:
-            hook.remove()
+        _OPEN.remove(self)
+        _RECORDER.reset(self._token)
+
+    @torch.no_grad()
+    def record(self, attention, hidden_states: torch.Tensor):
+        """`hidden_states` `[images, 1 + N, C]` that one of the layers is about to attend with."""
+        self.queries[attention] = attention.q_proj(hidden_states[:, :1])[:, 0]
+        self.keys[attention] = attention.k_proj(hidden_states)
 
     def attentions(self) -> list[ClsAttention]:
         return [ClsAttention(self.queries[layer], self.keys[layer], layer.num_heads) for layer in self.layers]
@@ -56,9 +85,9 @@ def reduced_image_features(model, reduction: ImageReduction, get_features, image
         The list, same shapes. A selecting method marks the places of the patches that go; newline tokens stay. A
         merging method's T tokens come first.
     """
-    with VisionRecorder(model.vision_tower, reduction) as recorder:
-        if isinstance(reduction, MergingReduction):
-            return _merge(model, reduction, get_features, recorder)
+    if isinstance(reduction, MergingReduction):
+        return _merged_features(model, reduction, get_features)
+    with VisionRecorder(model, reduction) as recorder:
         features = get_features()
     side = model.config.vision_config.image_size // model.config.vision_config.patch_size
     places = [torch.arange(side**2)] * len(features)
@@ -79,25 +108,21 @@ def reduced_image_features(model, reduction: ImageReduction, get_features, image
     return marked
 
 
-def _merge(model, reduction, get_features, recorder):
+def _merged_features(model, reduction, get_features):
     """Merges before the projector; images with fewer tokens than others are filled up, and the filling marked."""
     lengths = []
 
     def fill(tokens, length, value=0.0):
         return torch.nn.functional.pad(tokens, (0, 0, 0, length - len(tokens)), value=value)
 
-    def merge(projector, args):
-        (features,) = args
+    def merge(features):
         vision = recorder.attentions()
         merged = [reduction.merge(feature, vision, i) for i, feature in enumerate(features)]
         lengths.extend(len(tokens) for tokens in merged)
-        return (torch.stack([fill(tokens, max(lengths)) for tokens in merged]),)
+        return torch.stack([fill(tokens, max(lengths)) for tokens in merged])
 
-    hook = model.multi_modal_projector.register_forward_pre_hook(merge)
-    try:
+    with VisionRecorder(model, reduction, merge) as recorder:
         features = get_features()
-    finally:
-        hook.remove()
     config = model.config.vision_config
     patches = (config.image_size // config.patch_size) ** 2
     return [fill(feature[:n], patches, DROPPED) for feature, n in zip(features, lengths, strict=True)]

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 import torch
 from transformers import PreTrainedModel
 
-from .chat import token_reduction
 from .layer_contribution import KL_DIRECTIONS, divergence, last_logits, progress, to_device
 
 
@@ -37,11 +36,11 @@ def withdrawal_divergences(
     totals, count = dict.fromkeys(layers, 0.0), 0
     for sample in progress(samples, "withdrawing visual tokens"):
         sample = to_device(model, sample)
-        with token_reduction(model, None):
+        with model.using(visual_reduction=None):
             dense = last_logits(model, sample)
         count += len(dense)
         for k in layers:
-            with token_reduction(model, {"method": "vtw", "k": k}):
+            with model.using(visual_reduction={"method": "vtw", "k": k}):
                 totals[k] += float(divergence(dense, last_logits(model, sample), kl).sum())
     if count == 0:
         raise ValueError("no samples to calibrate with")
