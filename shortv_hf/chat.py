@@ -153,8 +153,7 @@ class Conversation:
     max_new_tokens: int = 256
     messages: list[dict] = field(default_factory=list)
     _images: list = field(default_factory=list)
-    _text: str = ""
-    _ids: torch.Tensor | None = None
+    _ids: torch.Tensor | None = None  # of the conversation so far, its last answer included; `[1, n]`
     _cache: DynamicCache | None = None
 
     @torch.inference_mode()
@@ -168,14 +167,18 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": content}]
         if images and self.messages and isinstance(self.model.model._active_reduction(), FastV):
             raise ValueError("fastv chooses tokens at the end of a prompt; a new picture needs a new conversation")
-        self._images += images
-        inputs = self._encode(messages, images)
+        n_known, self._images = len(self._images), [*self._images, *images]
+        inputs = self._encode(messages)
         stream = _Stream(self.processor, on_text)
-        n_cached = self._cache.get_seq_length()
-        new = inputs["input_ids"][:, n_cached:]
-        if n_cached and "pixel_values" in inputs:  # a later image: `generate` would not hand it on
-            chunk = {**inputs, "input_ids": new[:, :-1], "attention_mask": inputs["attention_mask"][:, :-1]}
-            self.model(**chunk, **{CACHE: self._cache}, logits_to_keep=1)
+        n_cached = self._resume(inputs["input_ids"])
+        if n_cached and n_known < len(self._images):  # a later image: `generate` would not hand it on
+            pixels = self._to_model(self.processor.image_processor(self._images[n_known:], return_tensors="pt"))
+            chunk = {
+                "input_ids": inputs["input_ids"][:, n_cached:-1],
+                "attention_mask": inputs["attention_mask"][:, :-1],
+            }
+            self.model(**chunk, **pixels, **{CACHE: self._cache}, logits_to_keep=1)
+        if n_cached:
             inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         output = self.model.generate(
             **inputs,
@@ -188,15 +191,7 @@ class Conversation:
         token_ids = stream.tokens
         answer = self.processor.decode(token_ids, skip_special_tokens=True).strip()
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        # The end token is the template's to write. The answer's last token is known, but not in the cache yet.
-        end = self.model.generation_config.eos_token_id
-        ended = token_ids[-1] in (end if isinstance(end, list) else [end])
-        self._ids = output[:, :-1] if ended else output
-        # What the template makes of the conversation up to the end of this answer
-        text = self.processor.apply_chat_template(self.messages, add_generation_prompt=False)
-        self._text = text[: text.rindex(answer) + len(answer)]
-        if not answer:
-            self._text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        self._ids = output
         return Answer(
             text=answer,
             token_ids=token_ids,
@@ -206,32 +201,43 @@ class Conversation:
             visual_tokens=int((inputs["input_ids"] == self.model.config.image_token_id).sum()),
         )
 
-    def _encode(self, messages: list[dict], images: list) -> dict:
-        """Model inputs for the whole conversation. Tokens that are in the cache are not made again: the answer's text
-        can be cut into other tokens than the model chose. Pixels are those of new images, with the cache they go on."""
+    def _encode(self, messages: list[dict]) -> dict:
+        """Model inputs for the whole conversation. The tokens of a text are not those of its parts one after the other, so
+        it is always cut into tokens as a whole."""
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        known = self._ids if self._ids is not None and text.startswith(self._text) else None
-        if known is None:  # the first turn, or a template that rewrites earlier ones
-            self._cache, images = DynamicCache(config=self.model.config), self._images or images
-        else:
-            text = text[len(self._text) :]
-        options = {"images": images} if images else {}
-        if known is not None:
-            options["add_special_tokens"] = False
-        inputs = dict(self.processor(text=text, return_tensors="pt", **options).to(self.model.device))
+        options = {"images": self._images} if self._images else {}
+        return self._to_model(self.processor(text=text, return_tensors="pt", **options))
+
+    def _to_model(self, inputs) -> dict:
+        inputs = dict(inputs.to(self.model.device))
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
-        if known is not None:
-            inputs["input_ids"] = torch.cat([known, inputs["input_ids"]], dim=1)
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         return inputs
+
+    def _resume(self, ids: torch.Tensor) -> int:
+        """Make the cache hold a beginning of `ids` `[1, n]`, and return how long it is: what they have in common with the
+        last turn, if that has all images of it; else nothing."""
+        if self._ids is not None:
+            n = min(self._cache.get_seq_length(), ids.shape[1] - 1)
+            same = (self._ids[0, :n] == ids[0, :n]).long().cumprod(0)
+            common = int(same.sum())
+            image = self.model.config.image_token_id
+            if not (self._ids[0, common:] == image).any():
+                try:
+                    if common < self._cache.get_seq_length():  # a template can rewrite, a text be cut otherwise
+                        self._cache.crop(common - self._cache.get_seq_length())
+                    return common
+                except (RuntimeError, ValueError):  # a sliding window or a reduction has dropped what would be needed
+                    pass
+        self._cache = DynamicCache(config=self.model.config)
+        return 0
 
 
 @torch.inference_mode()
 def count_prefill_flops(model: PreTrainedModel, processor: ProcessorMixin, prompt: str, images: list = ()) -> int:
     """FLOPs of the language model's layers in one prefill, counted by `torch.utils.flop_counter`."""
     content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
-    inputs = Conversation(model, processor)._encode([{"role": "user", "content": content}], images)
+    inputs = Conversation(model, processor, _images=images)._encode([{"role": "user", "content": content}])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it cannot see fused CPU attention
         model.model(**inputs, use_cache=False)
     counts = counter.get_flop_counts()

@@ -20,6 +20,7 @@ from numbers import Integral
 from transformers import LlavaConfig, LlavaNextConfig, PretrainedConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from .upstream import inherit_tables
 from .visual_reduction import ModelSizes, parse_visual_reduction
 
 
@@ -79,6 +80,11 @@ class ShortVConfigMixin:
     """What the ShortV configs add to their Hugging Face parents: validation, and how they are read and written."""
 
     base_model_type: str  # the model type of the original checkpoints
+    tokenizer_is_the_file = False  # whether upstream reads `tokenizer.json` as it is, whatever class is declared
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        inherit_tables(cls.model_type, cls.base_model_type)
 
     def _set_shortv_fields(self, shortv_layers, visual_reduction, base_model_name_or_path, base_model_revision):
         self.shortv_layers = shortv_layers
@@ -157,6 +163,7 @@ class ShortVLlavaConfig(ShortVConfigMixin, LlavaConfig):
 
     model_type = "shortv_llava"
     base_model_type = "llava"
+    tokenizer_is_the_file = True
 
     def __init__(
         self,
@@ -175,6 +182,7 @@ class ShortVLlavaNextConfig(ShortVConfigMixin, LlavaNextConfig):
 
     model_type = "shortv_llava_next"
     base_model_type = "llava_next"
+    tokenizer_is_the_file = True
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from .model_card import PAPER, is_commit, reference_card
 
 
 # Processor and tokenizer files of LLaVA checkpoints. They are copied byte for byte: what Transformers 5.x writes when
-# it saves a processor again, 4.x cannot read.
+# it saves a processor again, 4.x cannot read. One field differs, see `_declare_tokenizer`.
 PROCESSOR_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -118,8 +118,20 @@ def build_repo(
     for file in files:
         if file.absolute().parent.resolve() != output_dir.resolve():
             shutil.copyfile(file, output_dir / file.name)
+    if config.tokenizer_is_the_file and (output_dir / "tokenizer.json").is_file():
+        _declare_tokenizer(output_dir / "tokenizer_config.json")
     (output_dir / "README.md").write_text(str(card), encoding="utf-8")
     return output_dir
+
+
+def _declare_tokenizer(file: Path):
+    """Name the class that upstream takes for the base. What the base itself names is believed of a model type that
+    upstream does not know, by programs that load the tokenizer alone, and cuts prompts into other tokens."""
+    content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if content.get("tokenizer_class") not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+        content["tokenizer_class"] = "PreTrainedTokenizerFast"
+        content.setdefault("model_input_names", ["input_ids", "attention_mask"])  # else 4.x adds `token_type_ids`
+        file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def build_repo_from_base(

@@ -15,6 +15,7 @@ import threading
 import torch
 import transformers
 from transformers.cache_utils import Cache, DynamicCache
+from transformers.models.auto import tokenization_auto
 from transformers.models.llama.modeling_llama import LlamaModel
 
 
@@ -40,6 +41,19 @@ def not_right(what: str) -> ValueError:
         f"ShortV cannot run on Transformers {transformers.__version__}: {what}. It was tested with Transformers "
         f"{TESTED[0]} to {TESTED[1]}; install one of these, or a newer shortv_hf."
     )
+
+
+def inherit_tables(model_type: str, base_model_type: str):
+    """Read the tokenizer files of a model type as those of the original. From 5.5 on, upstream ignores the class that
+    some types' files declare; of a type that it does not know it would believe them, and cut prompts into other tokens.
+    (Other tables by model type, for image, video and whole processors, are asked only where files name no class, and
+    answer with an error.)"""
+    ignored = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", None)
+    if ignored is not None and base_model_type in ignored:
+        ignored.add(model_type)
+        tokenization_auto.TOKENIZER_MAPPING_NAMES.setdefault(
+            model_type, tokenization_auto.TOKENIZER_MAPPING_NAMES[base_model_type]
+        )
 
 
 # Arguments

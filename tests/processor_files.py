@@ -14,8 +14,10 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_processor(folder, family="llava"):
-    """Write the processor files of a word-level vocabulary of 99 tokens into `folder`."""
+def write_processor(folder, family="llava", tokenizer="words"):
+    """Write the processor files of a vocabulary of 99 tokens into `folder`: of words, or of characters and a few pairs,
+    "prepend" in the manner of Llama (a text begins with a space that is not there, and the files name a class that
+    upstream ignores for LLaVA), "bytes" in that of GPT-2 and Qwen."""
     folder.mkdir(parents=True, exist_ok=True)
     words = [
         "<pad>",
@@ -49,14 +51,14 @@ def write_processor(folder, family="llava"):
             "truncation": None,
             "padding": None,
             "added_tokens": added,
-            "normalizer": None,
-            "pre_tokenizer": {"type": "Whitespace"},
             "post_processor": None,
-            "decoder": None,
-            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"},
+            **(WORDS if tokenizer == "words" else PREPEND if tokenizer == "prepend" else BYTES),
+            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
+            if tokenizer == "words"
+            else pairs_of_characters("▁" if tokenizer == "prepend" else "Ġ"),
         },
         "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
+            "tokenizer_class": "LlamaTokenizer" if tokenizer == "prepend" else "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],
             "bos_token": "<s>",
             "eos_token": "</s>",
@@ -95,6 +97,39 @@ def write_processor(folder, family="llava"):
         (folder / name).write_text(json.dumps(content, indent=1))
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder
+
+
+WORDS = {"normalizer": None, "pre_tokenizer": {"type": "Whitespace"}, "decoder": None}
+PREPEND = {
+    "normalizer": {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    },
+    "pre_tokenizer": None,
+    "decoder": {
+        "type": "Sequence",
+        "decoders": [
+            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "Fuse"},
+            {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+        ],
+    },
+}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
+BYTES = {"normalizer": None, "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}
+
+
+def pairs_of_characters(space: str) -> dict:
+    """A BPE model in which a word's first letter joins the space before it, and some letters join each other."""
+    characters = [space, "Ċ" if space == "Ġ" else "\n", *"abcdefghijklmnopqrstuvwxyz", *"ASITNUER", *":?!.,0123456789"]
+    merges = [(space, letter) for letter in "awirbcteAU"] + [("i", "s"), ("e", "d"), (":", space), ("?", space)]
+    tokens = ["<pad>", "<s>", "</s>", "<unk>", *characters, *map("".join, merges)]
+    tokens += [f"<unused{i}>" for i in range(len(tokens), IMAGE_TOKEN)] + ["<image>"]
+    model = {"type": "BPE", "vocab": {token: i for i, token in enumerate(tokens)}, "unk_token": "<unk>"}
+    return {**model, "merges": [list(pair) for pair in merges]}
 
 
 PROCESSORS = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}

@@ -28,6 +28,35 @@ def images():
     return [Image.new("RGB", (20, 14), colour) for colour in ("red", "blue")]
 
 
+@pytest.mark.parametrize("tokenizer", ["words", "prepend", "bytes"])
+@pytest.mark.parametrize(
+    "reduction", [None, {"method": "vtc_cls", "layer": 1, "token_num": 6}, {"method": "vtw", "k": 2}], ids=str
+)
+def test_ids_of_every_turn_are_those_of_the_whole_prompt(repo, images, tokenizer, reduction):
+    """Whatever the text of an answer is cut into when it is read again, also where a cut goes through a turn's end."""
+    family = chat.model_classes(str(repo))[0].base_model_type
+    write_processor(repo, family, tokenizer)
+    model, processor = chat.load(str(repo), visual_reduction=reduction)
+    talk, seen, generate = chat.Conversation(model, processor, max_new_tokens=5), [], model.generate
+    model.generate = lambda **inputs: seen.append(inputs["input_ids"]) or generate(**inputs)
+    given = []
+    for question, new in (
+        ("what is this ?", images[:1]),
+        ("is a red circle here?", []),
+        ("and?", images[1:]),
+        ("why", []),
+    ):
+        given += new
+        content = [{"type": "image"} for _ in new] + [{"type": "text", "text": question}]
+        messages = [*talk.messages, {"role": "user", "content": content}]
+        answer = talk.ask(question, new)
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        whole = processor(text=text, images=given, return_tensors="pt")
+        assert seen[-1].tolist() == whole["input_ids"].tolist()
+        fresh = generate(**whole, max_new_tokens=5, do_sample=False)
+        assert answer.token_ids == fresh[0, whole["input_ids"].shape[1] :].tolist()
+
+
 @pytest.mark.parametrize("later_image", [False, True])
 def test_conversation_equals_the_whole_prompt_at_once(repo, images, later_image):
     model, processor = chat.load(str(repo))
