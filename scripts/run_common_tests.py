@@ -80,7 +80,8 @@ def main() -> int:
         module = folder / "test_common_models.py"
         module.write_text((ROOT / "tests" / "upstream" / "common_model_tests.py").read_text())
         report = folder / "report.xml"
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)]), "HF_HUB_OFFLINE": "1"}
+        path = os.pathsep.join(filter(None, [str(folder), str(ROOT), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "pytest", "-q", "--no-header", "--tb=line", "-p", "no:cacheprovider"]
         command += ["-o", "addopts=", f"--rootdir={folder}", f"--junitxml={report}", str(module)]
         log = folder / "log.txt"
@@ -90,6 +91,9 @@ def main() -> int:
             print(log.read_text())
             return 1
         found = outcomes(report)
+        if "TestStock" not in found:  # nothing could be collected
+            print(log.read_text())
+            return 1
     stock = found.pop("TestStock")
     worse, not_run = [], []
     print(f"transformers {transformers.__version__}: common model tests, {len(stock)} per class")
