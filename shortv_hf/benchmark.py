@@ -38,13 +38,15 @@ from .benchmark_loading import time_loading
 from .benchmark_meters import profile_prefill, time_decoding, time_prefill
 from .benchmark_models import METHODS, STOCK, SUBJECTS, Method, build_models, choose_methods, make_inputs
 from .roofline import Peak, device_peak, prefill_seconds
+from .trial import check_decoding
 
 
 WARM_UP = {"cpu": 1, "cuda": 3}  # rounds; on CUDA, a compiled forward records its graph in the second
 COMPILED = {"cpu": {"dynamic": False}, "cuda": {"dynamic": False, "mode": "reduce-overhead"}}  # of torch.compile
 DYNAMIC = {"dynamic": True}
 RECOMPILE_LIMIT = 64  # one graph per method is meant, not a sign of trouble
-FAILURES = (RuntimeError, AssertionError)  # out of memory, or no graph: the other methods' figures stand
+# Out of memory, no graph, wrong tokens: the other methods' figures stand.
+FAILURES = (RuntimeError, AssertionError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -110,19 +112,27 @@ class Bench:
                 del part.forward
 
     def profile(self, variants: list[Variant], inputs: dict, label: str) -> tuple[dict, list[dict]]:
-        """Counted FLOPs and memory per method, and what could not run."""
+        """Counted FLOPs and memory per method, and what could not run, or decodes wrongly: figures of a method that loses
+        a part of its cache would flatter it."""
         profiles, skipped = {}, []
         for variant in logging.tqdm(variants, desc=f"{label}, FLOPs and memory"):
             reason = self.refusal(variant.method)
             if reason is None:
                 try:
                     with self.running(variant) as model:
+                        self._check(model, variant.method, inputs)
                         profiles[variant.method] = profile_prefill(model, inputs)
                 except FAILURES as error:
                     reason = _first_line(error)
             if reason is not None:
                 skipped.append({"method": variant.method.name, "mode": variant.mode, "reason": reason})
         return profiles, skipped
+
+    def _check(self, model, method: Method, inputs: dict):
+        reduction = None if method == STOCK else model.model._active_reduction()
+        if reduction is None or not reduction.looks_at_last_token:
+            rows = len(inputs["input_ids"])
+            check_decoding(model, {name: value[: len(value) // rows] for name, value in inputs.items()}, steps=3)
 
     def time(self, variants: list[Variant], inputs: dict, repeats: int, label: str) -> tuple[dict, list[dict]]:
         """Seconds by variant and stage, one per repetition, and what could not run."""

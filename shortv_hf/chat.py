@@ -18,7 +18,6 @@ from transformers.image_utils import load_image
 from .configuration_shortv import ShortVLlavaConfig, ShortVLlavaNextConfig
 from .modeling_shortv import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
 from .upstream import CACHE
-from .visual_reduction import FastV
 
 
 MODEL_CLASSES = (
@@ -161,12 +160,15 @@ class Conversation:
         """Ask the next question, about `images` too if there are new ones. Greedy decoding.
 
         Raises:
-            ValueError: for new images in a later turn while FastV is on.
+            ValueError: for new images in a later turn under a method that looks at the prompt's last token (FastV).
         """
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
         messages = [*self.messages, {"role": "user", "content": content}]
-        if images and self.messages and isinstance(self.model.model._active_reduction(), FastV):
-            raise ValueError("fastv chooses tokens at the end of a prompt; a new picture needs a new conversation")
+        reduction = self.model.model._active_reduction()
+        if images and self.messages and reduction is not None and reduction.looks_at_last_token:
+            raise ValueError(
+                f"{reduction.method} chooses tokens at the end of a prompt; a new picture needs a new conversation"
+            )
         n_known, self._images = len(self._images), [*self._images, *images]
         inputs = self._encode(messages)
         stream = _Stream(self.processor, on_text)

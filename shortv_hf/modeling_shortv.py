@@ -58,7 +58,7 @@ from .upstream import (
 )
 from .visual_cache import is_reduced
 from .visual_images import listen, reduced_image_features
-from .visual_reduction import FastV, ImageReduction, ModelSizes, Reduction, parse_visual_reduction
+from .visual_reduction import ImageReduction, ModelSizes, Reduction, parse_visual_reduction
 from .visual_tokens import TokenReduction, VisualTokens, is_dropped
 
 
@@ -354,15 +354,15 @@ class ShortVGenerationMixin(ShortVSettingsMixin, BaseWeightsMixin):
     def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
         super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
         reduction = self.model._active_reduction()
-        if isinstance(reduction, FastV) and 0 < reduction.ratio < 1:
+        if reduction is not None and reduction.looks_at_last_token:
             if generation_mode == GenerationMode.ASSISTED_GENERATION:
                 raise ValueError(
-                    "fastv ranks visual tokens by the attention of the prompt's last token; assisted decoding puts "
+                    f"{reduction.method} ranks visual tokens by the attention of the prompt's last token; assisted decoding puts "
                     "candidates after it. Use another method, or no assistant."
                 )
             if generation_config.prefill_chunk_size is not None:
                 raise ValueError(
-                    "fastv ranks visual tokens by the attention of the prompt's last token, which a chunk of the prompt "
+                    f"{reduction.method} ranks visual tokens by the attention of the prompt's last token, which a chunk of the prompt "
                     f"does not hold; prefill_chunk_size is {generation_config.prefill_chunk_size}, valid is None"
                 )
 

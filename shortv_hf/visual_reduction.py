@@ -45,9 +45,12 @@ class ModelSizes:
 
 
 class Reduction:
-    """What all methods share. `identity(sizes)`: these options change nothing, so the dense code runs."""
+    """What all methods share. `identity(sizes)`: these options change nothing, so the dense code runs.
+    `looks_at_last_token`: the choice depends on the prompt's last token, so that the prompt must come in one piece, and
+    without a cache every step chooses anew."""
 
     method: ClassVar[str]
+    looks_at_last_token: ClassVar[bool] = False
 
     def check(self, sizes: ModelSizes):
         """Raises `ValueError` that names the offending value and the valid range."""
@@ -142,6 +145,10 @@ class FastV(DecoderReduction):
 
     def identity(self, sizes: ModelSizes) -> bool:
         return self.ratio == 0 or self.k == sizes.decoder_layers
+
+    @property
+    def looks_at_last_token(self) -> bool:
+        return 0 < self.ratio < 1
 
     def count(self, v: int) -> int:
         return round(v * (1 - self.ratio))  # half to even, as the released code

@@ -7,7 +7,7 @@ from helpers import FAMILIES, make_config, make_model
 from processor_files import write_processor
 from test_base_weights import write_checkpoint
 
-from shortv_hf.check_repo import check_files, check_repo
+from shortv_hf.check_repo import _try, check_files, check_repo
 from shortv_hf.hub import build_repo
 
 
@@ -125,13 +125,58 @@ def test_nothing_there(tmp_path):
         check_repo(str(tmp_path / "missing"))
 
 
-def test_trial_of_a_self_contained_repo(tmp_path):
-    base = write_processor(write_checkpoint(tmp_path / "base", make_model()))
+TRIAL = ["loads in a fresh process", "weights", "tokenizer", "text-only prompt", "image prompt"]
+
+
+@pytest.mark.parametrize("tokenizer", ["words", "prepend"])
+def test_trial_of_a_self_contained_repo(tmp_path, tokenizer):
+    base = write_processor(write_checkpoint(tmp_path / "base", make_model()), tokenizer=tokenizer)
     config = FAMILIES["llava"][0].from_pretrained(base, shortv_layers=[1])
     repo = build_repo(config, tmp_path / "repo", processor_dir=base, weights_dir=base)
     checks = check_repo(str(repo))
     assert [str(check) for check in checks if check.problem] == []
-    assert [check.name for check in checks][6:] == [
-        "loads in a fresh process", "weights", "text-only prompt", "image prompt",
-    ]  # fmt: skip
-    assert "none missing" in checks[7].note and "4 out" in checks[9].note
+    assert [check.name for check in checks][6:] == TRIAL
+    assert "none missing" in checks[7].note and "12 texts, the same ids" in checks[8].note
+    assert "8 out, equal with and without a cache" in checks[10].note
+
+
+def trial_of(tmp_path, edit, **fields):
+    """What the trial finds in a repo that references a local base, after `edit(repo)`."""
+    base = write_processor(write_checkpoint(tmp_path / "base", make_model()), tokenizer="prepend")
+    config = FAMILIES["llava"][0].from_pretrained(base, shortv_layers=[1, 2], **fields)
+    repo = build_repo(config, tmp_path / "repo", processor_dir=base)
+    edit(repo)
+    return _try(str(repo), None, "cpu")
+
+
+def test_trial_under_a_method_that_looks_at_the_last_token(tmp_path):
+    checks = trial_of(tmp_path, lambda repo: None, visual_reduction={"method": "fastv", "k": 2})
+    assert [check.name for check in checks] == TRIAL and not [check for check in checks if check.problem]
+    assert checks[-1].note.endswith("equal with and without a cache, fastv off")
+
+
+def test_trial_finds_other_tokens(tmp_path):
+    def without_normalizer(repo):
+        content = json.loads((repo / "tokenizer.json").read_text())
+        (repo / "tokenizer.json").write_text(json.dumps({**content, "normalizer": None}))
+
+    last = trial_of(tmp_path, without_normalizer)[-1]
+    assert last.name == "tokenizer" and "the repo cuts 'What is this?' into [" in last.problem
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("update_cache(cache, key, value, self.layer_idx, kwargs)", "(key, value)", "has seen 0 tokens after a pass"),
+        ("key, value = update_cache(", "update_cache(cache, key, value * 0, self.layer_idx, kwargs); cache_ = (", "other logits"),
+    ],
+    ids=["stores nothing", "stores something else"],
+)  # fmt: skip
+def test_trial_finds_wrong_decoding(tmp_path, old, new, problem):
+    def damage(repo):
+        code = (repo / "decoder_layer.py").read_text()
+        assert old in code
+        (repo / "decoder_layer.py").write_text(code.replace(old, new))
+
+    last = trial_of(tmp_path, damage)[-1]
+    assert last.name == "image prompt" and problem in last.problem
