@@ -3,6 +3,7 @@
 Used by `shortv chat`. Works with every model this package loads: ShortV repos and original LLaVA checkpoints.
 """
 
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -246,33 +247,48 @@ def count_prefill_flops(model: PreTrainedModel, processor: ProcessorMixin, promp
     return sum(sum(counts[name].values()) for name in counts if name.endswith("language_model"))
 
 
-def compare(
-    model: PreTrainedModel, processor: ProcessorMixin, prompt: str, images: list, max_new_tokens: int, repeats: int = 3
-) -> dict:
-    """The same question to the dense model and to the model as it is set (ShortV layers, token reduction): answers, median
+MIN_ROUNDS, MAX_ROUNDS, MAX_SECONDS, SETTLED = 5, 40, 20.0, 0.1
+
+
+def compare(model: PreTrainedModel, processor: ProcessorMixin, prompt: str, images: list, max_new_tokens: int) -> dict:
+    """The same question to the dense model and to the model as it is set (ShortV layers, token reduction): answers,
     time to first token, counted FLOPs.
 
-    The two are asked in turn, `repeats` times each after one round that warms up.
+    The answers come first and warm up. Then the two are timed in turn, in rounds, until the quartiles of the speed-up
+    (dense over ours within a round) are within a tenth of its median, for at most 40 rounds or 20 seconds.
+
+    Returns:
+        By "dense" and "shortv": `answer`, median `time_to_first_token_s`, `prefill_flops`, settings. Beside them
+        `speed_up` (median), `speed_up_quartiles`, `rounds`, and whether they `settled`: a small model on a busy machine
+        does not, and its speed-up says nothing.
     """
-    variants = {"dense": ([], None), "shortv": (list(model.config.shortv_layers), model.config.visual_reduction)}
-    answers = {name: [] for name in variants}
-    for _ in range(repeats + 1):
-        for name, (layers, reduction) in variants.items():
-            with model.using(shortv_layers=layers, visual_reduction=reduction):
-                answers[name].append(Conversation(model, processor, max_new_tokens).ask(prompt, images))
-    result = {}
+    variants = {"dense": ([], None), "shortv": model.settings}
+    result, answers, times = {}, {}, {name: [] for name in variants}
+
+    def ask(name, n_tokens):
+        layers, reduction = variants[name]
+        with model.using(shortv_layers=layers, visual_reduction=reduction):
+            return Conversation(model, processor, n_tokens).ask(prompt, images)
+
     for name, (layers, reduction) in variants.items():
-        times = sorted(answer.time_to_first_token for answer in answers[name][1:])
+        answers[name] = ask(name, max_new_tokens)
         with model.using(shortv_layers=layers, visual_reduction=reduction):
             flops = count_prefill_flops(model, processor, prompt, images)
-        result[name] = {
-            "answer": answers[name][-1].text,
-            "time_to_first_token_s": times[len(times) // 2],
-            "prefill_flops": flops,
-            "shortv_layers": layers,
-            "visual_reduction": reduction,
-        }
-    last = answers["shortv"][-1]
+        settings = {"shortv_layers": list(layers), "visual_reduction": reduction}
+        result[name] = {"answer": answers[name].text, "prefill_flops": flops, **settings}
+    start, settled = time.perf_counter(), False
+    while not settled and len(times["dense"]) < MAX_ROUNDS and time.perf_counter() - start < MAX_SECONDS:
+        for name in variants:
+            times[name].append(ask(name, 1).time_to_first_token)
+        ratios = [dense / ours for dense, ours in zip(times["dense"], times["shortv"], strict=True)]
+        if len(ratios) >= MIN_ROUNDS:
+            low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+            settled = high - low <= SETTLED * median
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
+    for name in variants:
+        result[name]["time_to_first_token_s"] = statistics.median(times[name])
+    result |= {"speed_up": median, "speed_up_quartiles": [low, high], "rounds": len(ratios), "settled": settled}
+    last = answers["shortv"]
     result["prompt_tokens"], result["visual_tokens"] = last.prompt_tokens, last.visual_tokens
-    result["answers_agree"] = answers["dense"][-1].token_ids == last.token_ids
+    result["answers_agree"] = answers["dense"].token_ids == last.token_ids
     return result

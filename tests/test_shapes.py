@@ -3,6 +3,7 @@
 import random
 
 import pytest
+from PIL import Image
 
 from shortv_hf import shapes
 
@@ -110,3 +111,14 @@ def test_comparisons_are_true():
         expected += [] if a.place // 3 == b.place // 3 else ["above" if a.y < b.y else "below"]
         assert pair[1] == ", ".join(expected) != ""
     assert found > 100
+
+
+def test_plain_share_tells_textured_pictures_from_scenes():
+    for seed in range(40):
+        scene, _ = sample(seed)
+        picture = shapes.draw(scene)
+        assert shapes.plain_share(picture) >= shapes.LEAST_PLAIN_SHARE
+        assert shapes.plain_share(picture.resize((400, 300))) >= shapes.LEAST_PLAIN_SHARE
+        noisy = Image.blend(picture, Image.effect_noise(picture.size, 90).convert("RGB"), 0.4)
+        assert shapes.plain_share(noisy) < shapes.LEAST_PLAIN_SHARE
+    assert shapes.plain_share(Image.new("RGB", (30, 500), "red")) == 1
