@@ -45,7 +45,7 @@ def write_demo_card(folder: Path):
     """The demonstration model's card, from its config and `results.json` (format: `shortv_hf.model_card.demo_card`)."""
     config = ShortVLlavaConfig.from_pretrained(folder)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    draw_frozen_layers(config, folder / PICTURE, t=13, v=64)
+    draw_frozen_layers(config, folder / PICTURE, t=13, v=64, title=folder.name)
     card = demo_card(config, folder.name, results, PICTURE)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
 

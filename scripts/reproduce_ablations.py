@@ -239,13 +239,17 @@ def draw(results: dict, output: Path):
         "accuracy (%)": {method: curve(rows, "accuracy", 100) for method, rows in results["curves"].items()},
         "KL from the dense model (nats)": {method: curve(rows, "kl") for method, rows in results["curves"].items()},
         "retained accuracy (%)": {
-            "LC": {"x": list(results["retention"]), "y": [100 * value for value in results["retention"].values()]}
+            "LC": {
+                "x": [row["N"] for row in results["curves"]["LC"]],
+                "y": [100 * value for value in results["retention"].values()],
+            }
         },
     }
     plots.plot_curves(panels, "layers with frozen visual tokens", output.with_suffix(".png"))
     scores = {f"{kind} tokens": values for kind, values in results["layer_contribution"].items()}
-    label = "Layer Contribution (nats)"
-    plots.plot_layer_scores(scores, label, output.with_name(f"{output.name}-layers.png"), log=True)
+    label, made = "Layer Contribution (nats)", results["conditions"]
+    title = f"{made['model']}: {label}\n{made['ranked_on']} samples ({made['data']}), {made['kl']} KL"
+    plots.plot_layer_scores(scores, label, output.with_name(f"{output.name}-layers.png"), log=True, title=title)
 
 
 if __name__ == "__main__":

@@ -240,7 +240,9 @@ def lc(
         scores["text tokens"] = lcs.rank_layers(loaded, inputs, metric, "text", **options).scores
     n = lcs.choose_num_layers(loaded, inputs, ranking, num_layers, flops_ratio, max_kl, kl) if given else None
 
-    plots.plot_layer_scores(scores, SCORE_LABELS[metric], output / "layer_scores.png")
+    label = SCORE_LABELS[metric]
+    title, log = plots.ranking_title(ranking, label), metric in ("lc", "greedy")  # a KL divergence is 0 or more
+    plots.plot_layer_scores(scores, label, output / "layer_scores.png", log, title)
     _print_ranking(ranking, scores, n)
     print(f"{output}: ranking.json, layer_scores.png")
     if n is not None:

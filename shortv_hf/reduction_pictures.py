@@ -5,12 +5,14 @@ Used by `shortv visualize`. Pillow alone.
 
 import colorsys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedModel, ProcessorMixin
 
+from .plots import wrap_text
 from .upstream import find_cache, image_features
 from .visual_images import VisionRecorder, places_of_patches
 from .visual_reduction import (
@@ -27,12 +29,15 @@ from .visual_reduction import (
 
 ABSENT, DROPPED, REST, KEPT, MERGED = range(5)
 LEGEND = {
-    KEPT: "framed: kept",
-    MERGED: "tinted: merged into the kept patch of that colour",
-    REST: "dark with a dot: in the token of all the rest",
-    DROPPED: "dark: dropped",
-    ABSENT: "light: padding, never in the prompt",
+    KEPT: "full colour, outlined: kept",
+    MERGED: "thin outline: merged into the kept patch of that colour",
+    REST: "greyed out, with a dot: in the token of all the rest",
+    DROPPED: "greyed out: dropped",
+    ABSENT: "blank: padding, never in the prompt",
 }
+LEGEND_OF_MERGING = LEGEND | {KEPT: "thick frame: kept"}
+LEGEND_OF_AVERAGING = "the patches within one outline are averaged into one token"
+INK, OUTLINE, VEIL, PADDING, WHITE = "#333333", "#ffd23c", "#484850", "#ebebeb", "white"
 
 
 @dataclass
@@ -146,65 +151,84 @@ def seen_pictures(inputs: dict, processor: ProcessorMixin) -> list[Image.Image]:
 
 
 def draw_patches(picture: Image.Image, fates: PatchFates, size: int = 448) -> Image.Image:
-    """One tile: kept patches as they are, with a frame; merged ones in the colour of theirs; others dark."""
+    """One tile of about `size` pixels: greyed out where patches are dropped, unchanged inside kept and merged ones.
+
+    Outlines run inside the patches, where the next one has another fate or belongs to another group. Where patches are
+    merged into others, each of those has a thicker frame of its own, and each group a colour.
+    """
     side = round(len(fates.states) ** 0.5)
     cell = max(size // side, 4)
-    size = cell * side
-    picture = picture.resize((size, size), Image.Resampling.LANCZOS)
-    dark = Image.blend(picture, Image.new("RGB", picture.size, (20, 20, 24)), 0.8)
-    result, draw = picture.copy(), None
-    merging = bool((fates.states == MERGED).any())
-    for i, (state, group) in enumerate(zip(fates.states.tolist(), fates.group.tolist(), strict=True)):
-        x, y = i % side * cell, i // side * cell
-        box = (x, y, x + cell, y + cell)
-        draw = ImageDraw.Draw(result)
-        if state == MERGED:
-            tint = Image.new("RGB", (cell, cell), _colour(group))
-            result.paste(Image.blend(picture.crop(box), tint, 0.5), box)
-        elif state == KEPT:
-            outline = _colour(group) if merging else (255, 210, 60)
-            draw.rectangle((x, y, x + cell - 1, y + cell - 1), outline=outline, width=max(cell // 8, 1))
-        elif state == ABSENT:
-            draw.rectangle((x, y, x + cell - 1, y + cell - 1), (235, 235, 235))
-        else:
-            result.paste(dark.crop(box), box)
-            if state == REST:
-                draw.point((x + cell // 2, y + cell // 2), (255, 255, 255))
+    picture = picture.resize((cell * side, cell * side), Image.Resampling.LANCZOS)
+    result = Image.blend(picture, Image.new("RGB", picture.size, VEIL), 0.75)
+    draw = ImageDraw.Draw(result)
+    states = fates.states.tolist()
+    merging = MERGED in states
+    groups = fates.group.tolist() if merging else [-1] * len(states)
+    into = [group for group, state in zip(groups, states, strict=True) if state == KEPT]
+    colours = {group: _colour(number) for number, group in enumerate(into)} if merging else {}
+    regions = {  # between patches that are equal here runs no outline
+        (i % side, i // side): fate for i, fate in enumerate(zip(states, groups, strict=True))
+    }
+    for (column, row), (state, group) in regions.items():
+        x, y, end = column * cell, row * cell, cell - 1
+        if state == ABSENT:
+            draw.rectangle((x, y, x + end, y + end), PADDING)
+        elif state == REST:
+            radius = max(cell // 12, 1)
+            x, y = x + cell // 2, y + cell // 2
+            draw.ellipse((x - radius, y - radius, x + radius, y + radius), WHITE)
+        elif state in (KEPT, MERGED):
+            result.paste(picture.crop((x, y, x + cell, y + cell)), (x, y))
+            line = min(max(cell // 15, 1), 3) * (2 if merging and state == KEPT else 1)
+            contrast = line + (cell > 16)  # a dark line beside the coloured one, for pictures of the same colour
+            for width, colour in ((contrast, VEIL), (line, colours.get(group, OUTLINE))):
+                spans = {-1: (0, width - 1), 0: (0, end), 1: (end - width + 1, end)}
+                for (dx, (left, right)), (dy, (top, bottom)) in product(spans.items(), repeat=2):
+                    if regions.get((column + dx, row + dy)) != (state, group):
+                        draw.rectangle((x + left, y + top, x + right, y + bottom), colour)
     return result
 
 
-def _colour(group: int) -> tuple[int, int, int]:
-    """Neighbouring numbers get hues that are far apart."""
-    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(group * 0.618034 % 1, 0.85, 1))
+def _colour(number: int) -> tuple[int, int, int]:
+    """Successive numbers get colours that are far apart."""
+    hue, brightness = number * 0.618034 % 1, (1, 0.7)[number % 2]
+    return tuple(round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.85, brightness))
 
 
 def draw_fates(pictures, panels: list[list[PatchFates]], titles: list[str], output: str | Path) -> Path:
     """A sheet with one row of tiles per entry of `panels`, its title above. Returns `output`, a PNG file."""
-    size = 448 if len(panels) == 1 else 224
+    size = 224 if len(panels) > 1 else 448 if len(pictures) > 1 else 720
     font, small = ImageFont.load_default(17), ImageFont.load_default(12)
     rows = [[draw_patches(*pair, size) for pair in zip(pictures, fates, strict=True)] for fates in panels]
     width, height, gap = rows[0][0].width, rows[0][0].height, 12
     per_line = max(1, min(len(rows), 4)) if len(pictures) == 1 else 1
-    across = per_line * len(pictures)
-    lines = [list(range(i, min(i + per_line, len(rows)))) for i in range(0, len(rows), per_line)]
+    panel_width = len(pictures) * (width + gap) - gap
+    sheet_width = per_line * (panel_width + gap) + gap
     states = {state for fates in panels for fate in fates for state in fate.states.tolist()}
-    legend = " · ".join(LEGEND[state] for state in LEGEND if state in states)
-    if states == {MERGED}:
-        legend = "patches of one colour are averaged into one token"
-    legend_width = round(small.getlength(legend)) + 2 * gap
-    sheet_size = (max(across * (width + gap) + gap, legend_width), len(lines) * (height + 58) + 34)
-    sheet = Image.new("RGB", sheet_size, "white")
-    draw = ImageDraw.Draw(sheet)
-    for line, numbers in enumerate(lines):
-        top = line * (height + 58) + 8
+    entries = LEGEND_OF_MERGING if MERGED in states else LEGEND
+    legend = " · ".join(text for state, text in entries.items() if state in states)
+    legend = wrap_text(LEGEND_OF_AVERAGING if states == {MERGED} else legend, small.getlength, sheet_width - 2 * gap)
+
+    texts, places, y = [], [], 8  # ((x, y), text, font) and ((x, y), tile)
+    for first in range(0, len(rows), per_line):
+        numbers = range(first, min(first + per_line, len(rows)))
+        lines = {number: wrap_text(titles[number], font.getlength, panel_width) for number in numbers}
+        below = y + 22 * max(map(len, lines.values()))  # the titles of this line of panels
         for column, number in enumerate(numbers):
+            left = gap + column * (panel_width + gap)
+            texts += [((left, y + 22 * i), line, font) for i, line in enumerate(lines[number])]
             for tile, (picture, fate) in enumerate(zip(rows[number], panels[number], strict=True)):
-                x = gap + (column * len(pictures) + tile) * (width + gap)
-                if tile == 0:
-                    draw.text((x, top), titles[number], "#333333", font)
-                draw.text((x, top + 24), fate.title, "#333333", small)
-                sheet.paste(picture, (x, top + 44))
-    draw.text((gap, len(lines) * (height + 58) + 8), legend, "#333333", small)
+                x = left + tile * (width + gap)
+                texts.append(((x, below + 2), fate.title, small))
+                places.append(((x, below + 22), picture))
+        y = below + 22 + height + 14
+    texts += [((gap, y + 17 * i), line, small) for i, line in enumerate(legend)]
+    sheet = Image.new("RGB", (sheet_width, y + 17 * len(legend) + 9), WHITE)
+    draw = ImageDraw.Draw(sheet)
+    for place, picture in places:
+        sheet.paste(picture, place)
+    for place, line, which in texts:
+        draw.text(place, line, INK, which)
     sheet.save(output, format="PNG", optimize=True)
     return Path(output)
 

@@ -166,6 +166,23 @@ def test_lc(base, tmp_path, budget, metric):
     assert f"freezes {n} of 4 layers" in result.output
 
 
+@pytest.mark.parametrize(("metric", "log"), [("lc", True), ("greedy", True), ("cosine", False), ("random", False)])
+def test_lc_chart(base, tmp_path, monkeypatch, metric, log):
+    """Its title says what was measured; KL divergences get a logarithmic axis, where they span decades."""
+    base, data = base
+    charts = []
+    monkeypatch.setattr("shortv_hf.plots.plot_layer_scores", lambda *args: charts.append(args))
+    arguments = ("--data", data, "--samples", 2, "--metric", metric, "--output", tmp_path / "out")
+    assert invoke("lc", base, *arguments).exit_code == 0
+    ((scores, label, file, logarithmic, title),) = charts
+    assert logarithmic == log and file == tmp_path / "out" / "layer_scores.png"
+    assert set(scores) == {"visual tokens", "text tokens"} - (
+        {"text tokens"} if metric in ("greedy", "random") else set()
+    )
+    assert title.startswith(f"{base.name}: {label}\n")
+    assert ("2 samples" in title and str(data) in title) or metric == "random"
+
+
 def test_lc_of_a_repo_with_its_own_weights(base, tmp_path):
     base, data = base
     make_model(shortv_layers=[0]).save_pretrained(tmp_path / "own")

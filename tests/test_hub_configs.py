@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from shortv_hf.hub import build_repo
@@ -89,6 +90,15 @@ def test_script_writes_what_is_there(tmp_path, monkeypatch):
     for name in REPOS:
         for file in ("config.json", "generation_config.json", "README.md"):
             assert (tmp_path / name / file).read_text() == (ROOT / "hub_configs" / name / file).read_text()
+        assert_same_picture(tmp_path / name / make_hub_configs.PICTURE, name)
+
+
+def assert_same_picture(file: Path, repo: str):
+    """As the committed one, apart from the font, which depends on Pillow's version."""
+    committed = ROOT / "hub_configs" / repo / file.name
+    small = [Image.open(each).resize((200, 80), Image.Resampling.BOX).convert("RGB") for each in (file, committed)]
+    one, other = (torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float() for picture in small)
+    assert (one - other).abs().mean() < 3, f"{committed} is out of date"
 
 
 def test_card_of_the_demonstration_model_is_what_the_script_writes(tmp_path, monkeypatch):
@@ -105,3 +115,4 @@ def test_card_of_the_demonstration_model_is_what_the_script_writes(tmp_path, mon
             (copy / file.name).write_bytes(file.read_bytes())
     make_hub_configs.write_demo_card(copy)
     assert (copy / "README.md").read_text() == (folder / "README.md").read_text()
+    assert_same_picture(copy / make_hub_configs.PICTURE, folder.name)

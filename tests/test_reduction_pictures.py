@@ -2,14 +2,29 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from drawn import check_text, record, texts
 from helpers import IMAGE_TOKEN, make_inputs, make_model
 from PIL import Image
 from processor_files import write_processor
 from test_visual_reduction import ALL, NEXT, name, reduced_model
 
-from shortv_hf.reduction_pictures import ABSENT, DROPPED, KEPT, MERGED, REST, patch_fates
+from shortv_hf.reduction_pictures import (
+    ABSENT,
+    DROPPED,
+    KEPT,
+    LEGEND,
+    LEGEND_OF_AVERAGING,
+    LEGEND_OF_MERGING,
+    MERGED,
+    REST,
+    PatchFates,
+    draw_fates,
+    draw_patches,
+    patch_fates,
+)
 from shortv_hf.upstream import image_features
 from shortv_hf.visual_reduction import visual_reduction_from_text
 
@@ -84,6 +99,144 @@ def test_reduction_from_text(text, expected):
 def test_unreadable_reduction(text):
     with pytest.raises(ValueError, match="cannot read.*method:option=value"):
         visual_reduction_from_text(text)
+
+
+def fates_of(method: str, side: int) -> PatchFates:
+    """As `method` decides: "select" keeps the left half; "merge" keeps every third patch, and merges the next into it and
+    the one after that into the first kept; "average" makes groups of 2 x 2. "vtw" drops all."""
+    n = side * side
+    index = torch.arange(n)
+    row, column = index // side, index % side
+    if method == "average":
+        return PatchFates("title", torch.full((n,), MERGED), row // 2 * side + column // 2)
+    if method == "merge":
+        states = torch.where(index % 3 == 0, KEPT, MERGED)
+        states[-2:] = REST
+        group = torch.where(index % 3 == 2, 0, index - index % 3)
+        return PatchFates("title", states, torch.where(states == REST, -1, group))
+    states = torch.where((column < side // 2) & (method == "select"), KEPT, DROPPED)
+    return PatchFates("title", states, torch.where(states == KEPT, index, -1))
+
+
+@pytest.fixture
+def photo():
+    """Smooth noise, 96 x 96 pixels: no two patches alike, no sharp edges."""
+    noise = np.random.default_rng(0).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((96, 96), Image.Resampling.BICUBIC)
+
+
+class TestPicture:
+    """The tiles of `shortv visualize`: the picture can be recognised, and what is drawn on it is what happens."""
+
+    SIZES = pytest.mark.parametrize(("side", "size"), [(4, 224), (8, 720), (24, 720), (24, 448), (24, 216)])
+
+    def draw(self, photo, fates, size):
+        """The tile, the picture below, `[H, H, 3]` each, and the size of a patch."""
+        tile = draw_patches(photo, fates, size)
+        below = photo.resize(tile.size, Image.Resampling.LANCZOS)
+        return (
+            np.asarray(tile).astype(int),
+            np.asarray(below).astype(int),
+            tile.width // round(len(fates.states) ** 0.5),
+        )
+
+    @SIZES
+    @pytest.mark.parametrize(("method", "untouched"), [("select", 0.85), ("merge", 0.2), ("average", 0.5)])
+    def test_inside_of_a_patch_is_the_picture(self, photo, side, size, method, untouched):
+        """Exactly so in the middle of each patch that the model sees, and in this share of them all."""
+        fates = fates_of(method, side)
+        tile, below, cell = self.draw(photo, fates, size)
+        seen = 0
+        for i, state in enumerate(fates.states.tolist()):
+            if state in (KEPT, MERGED):
+                top, left = i // side * cell, i % side * cell
+                patch = np.s_[top : top + cell, left : left + cell]
+                inner = np.s_[top + cell // 3 : top + cell - cell // 3, left + cell // 3 : left + cell - cell // 3]
+                assert (tile[inner] == below[inner]).all()
+                seen += (tile[patch] == below[patch]).all(-1).sum() / cell**2
+        assert seen >= untouched * sum(state in (KEPT, MERGED) for state in fates.states.tolist())
+
+    @SIZES
+    @pytest.mark.parametrize("method", ["select", "merge", "average", "vtw"])
+    def test_whole_tile_correlates_with_the_picture(self, photo, side, size, method):
+        fates = fates_of(method, side)
+        tile, below, cell = self.draw(photo, fates, size)
+        middles = np.s_[cell // 2 :: cell, cell // 2 :: cell]
+        veiled = np.isin(fates.states.numpy(), (DROPPED, REST)).reshape(side, side)
+        alike = veiled if method == "vtw" else ~veiled
+        for channel in range(3):
+            values = [picture[middles][..., channel][alike] for picture in (tile, below)]
+            assert np.corrcoef(*values)[0, 1] > 0.95
+
+    def test_dropped_patches_are_greyed_out(self, photo):
+        """A quarter of the contrast is left."""
+        tile, below, cell = self.draw(photo, fates_of("select", 8), 224)
+        dropped = np.s_[:, 4 * cell :]
+        assert (tile[dropped].std((0, 1)) <= 0.27 * below[dropped].std((0, 1))).all()
+
+    @pytest.mark.parametrize("ground", ["black", "white", "red"])
+    def test_dropped_patches_differ_from_kept_ones(self, ground):
+        tile, _, cell = self.draw(Image.new("RGB", (96, 96), ground), fates_of("select", 8), 224)
+        assert np.abs(tile[cell // 2, 4 * cell - cell // 2] - tile[cell // 2, 4 * cell + cell // 2]).max() > 50
+
+    def test_outlines_run_between_groups_only(self, photo):
+        """2 x 2 patches each on a 4 x 4 grid: lines along the middle and the rim."""
+        tile, below, cell = self.draw(photo, fates_of("average", 4), 224)
+        changed = (tile != below).any(-1)
+        lines = np.flatnonzero(changed.all(0))
+        assert set(lines // (cell // 4)) == {0, 7, 8, 15}  # in quarters of a patch
+        assert (lines == np.flatnonzero(changed.all(1))).all()
+        assert not changed[cell // 2 :: 2 * cell][:, cell - 4 : cell + 4].any()
+
+    def test_colours_tell_groups_apart(self, photo):
+        """A merged patch has the outline of the patch that it is merged into, a kept one the thicker frame."""
+        fates = fates_of("merge", 8)
+        tile, below, cell = self.draw(photo, fates, 720)
+        corners = tile[::cell, ::cell].reshape(64, 3)
+        for i, (state, group) in enumerate(zip(fates.states.tolist(), fates.group.tolist(), strict=True)):
+            if state == MERGED:
+                assert (corners[i] == corners[group]).all()
+        kept = corners[(fates.states == KEPT).numpy()]
+        assert len(np.unique(kept, axis=0)) == len(kept) and np.abs(np.diff(kept, axis=0)).sum(1).min() > 100
+        assert (tile[:, 5 * cell : 6 * cell] != below[:, 5 * cell : 6 * cell]).any(-1)[cell // 2].sum() < 10  # merged
+        assert (tile[:, :cell] != below[:, :cell]).any(-1)[cell // 2].sum() > 12  # patch 0, kept
+
+    def test_padding_is_blank(self, photo):
+        tile = draw_patches(photo, PatchFates("title", torch.full((16,), ABSENT), torch.full((16,), -1)))
+        assert len(tile.getcolors()) == 1
+
+    @pytest.mark.parametrize(
+        "title", ["fastv: k = 2, ratio = 0.5", "token_num=" + 9 * "a very, very_long_option" + 90 * "x"]
+    )
+    @pytest.mark.parametrize(("panels", "tiles"), [(1, 1), (7, 1), (1, 5), (3, 5)])
+    @pytest.mark.parametrize("side", [4, 24])
+    def test_text_fits_the_sheet(self, photo, monkeypatch, tmp_path, side, panels, tiles, title):
+        fates = fates_of("merge", side)
+        fates.states[-1], fates.states[-2] = ABSENT, DROPPED
+        fates.title = f"tile 4: {side**2} of {side**2} patches kept"
+        drawn = record(monkeypatch)
+        draw_fates([photo] * tiles, [[fates] * tiles] * panels, [title] * panels, tmp_path / "x.png")
+        with Image.open(tmp_path / "x.png") as sheet:
+            drawn = [entry for entry in drawn if entry[0].size == sheet.size]
+        check_text(drawn)
+        assert sum(kind == "picture" for _, kind, _, _ in drawn) == panels * tiles
+        written = "".join(texts(drawn)).replace(" ", "")
+        assert written.count(title.replace(" ", "")) == panels
+        assert all(LEGEND_OF_MERGING[state].replace(" ", "") in written for state in set(fates.states.tolist()))
+
+    @pytest.mark.parametrize(
+        ("method", "entries"),
+        [
+            ("select", [LEGEND[KEPT], LEGEND[DROPPED]]),
+            ("vtw", [LEGEND[DROPPED]]),
+            ("merge", [LEGEND_OF_MERGING[state] for state in (KEPT, MERGED, REST)]),
+            ("average", [LEGEND_OF_AVERAGING]),
+        ],
+    )
+    def test_legend_names_what_is_drawn(self, photo, monkeypatch, tmp_path, method, entries):
+        drawn = record(monkeypatch)
+        draw_fates([photo], [[fates_of(method, 8)]], ["method"], tmp_path / "x.png")
+        assert " ".join(texts(drawn)[2:]) == " · ".join(entries)
 
 
 class TestCommands:

@@ -43,6 +43,18 @@ def test_from_model_to_table(tmp_path, monkeypatch, reduction):
         Image.open(tmp_path / name).verify()
 
 
+def test_committed_results_can_be_drawn_again(tmp_path, monkeypatch):
+    """From JSON, where numbers of layers that are keys have become text."""
+    charts = {}
+    monkeypatch.setattr(script.plots, "plot_curves", lambda panels, *args: charts.update(panels))
+    results = json.loads((SCRIPT.parent / "results" / "ablations-shapes-demo.json").read_text())
+    script.draw(results, tmp_path / "x")
+    assert len(charts) == 3
+    for curves in charts.values():
+        assert curves["LC"]["x"] == [row["N"] for row in results["curves"]["LC"]]
+    Image.open(tmp_path / "x-layers.png").verify()
+
+
 def test_random_tokens_are_as_many_as_the_visual_ones():
     """Table 7 (c): never padding, and other ones for another seed."""
     model, processor = chat.load(chat.demo_model(), [], "cpu", "float32")
