@@ -7,6 +7,7 @@ bytes above what was there before (weights, inputs). Scratch space inside an ope
 returns an attention matrix is: `largest` is the largest tensor, in units of sequence x sequence elements.
 """
 
+import argparse
 import weakref
 
 import torch
@@ -95,6 +96,7 @@ def prefill_memory(model, t: int = 64) -> tuple[int, float]:
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     model = build_model()
     frozen = list(range(6, 16))
     print("16 layers, hidden 256, t = 64, v = 576, float32, SDPA, with cache\n")

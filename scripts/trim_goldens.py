@@ -8,9 +8,9 @@ small set tests what the methods choose and compute, not the logits that follow:
 first two decoder layers, VTC-CLS's with the whole vision tower, PruMerge's tokens from the input of CLIP's last layer.
 """
 
+import argparse
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import torch
@@ -124,9 +124,13 @@ def trim_reductions(source: Path, target: Path):
 
 
 if __name__ == "__main__":
-    kind, source = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kind", choices=("shortv", "reductions"))
+    parser.add_argument("source", type=Path, help="directory of the full set")
+    arguments = parser.parse_args()
+    kind, source = arguments.kind, arguments.source
     goldens = Path(__file__).parent.parent / "tests" / "goldens"
     if kind == "shortv":
-        trim_shortv(Path(source), goldens / "shortv")
+        trim_shortv(source, goldens / "shortv")
     else:
-        trim_reductions(Path(source), goldens / "reductions")
+        trim_reductions(source, goldens / "reductions")

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor, DynamicCache, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.generation.streamers import BaseStreamer
 from transformers.image_utils import load_image
+from transformers.utils.hub import cached_file
 
 from .configuration_shortv import ShortVLlavaConfig, ShortVLlavaNextConfig
 from .modeling_shortv import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
@@ -43,13 +45,47 @@ def model_classes(model: str, **hub_kwargs) -> tuple[type[PretrainedConfig], typ
     raise ValueError(f"{model} has model_type {model_type!r}; ShortV supports LLaVA-1.5 and LLaVA-NeXT")
 
 
-def load(model: str, layers: list[int] | None = None, device: str = "cpu", dtype: str = "auto", **config_fields):
+def place(device: str) -> str:
+    """The `device_map` for a device: "auto" is the GPU, all GPUs if there are several, or the CPU if there is none.
+
+    Raises:
+        ValueError: the device cannot be used.
+    """
+    if device == "auto":
+        if torch.cuda.device_count() > 1:
+            return "auto"
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def load_processor(model: str, config: PretrainedConfig) -> ProcessorMixin:
+    """The processor of a repo or checkpoint, or of the base that a repo without processor files references.
+
+    Raises:
+        ValueError: neither has one that can be loaded.
+    """
+    base = config.base_model_name_or_path
+    found = partial(cached_file, filename="tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    try:
+        if found(model) is not None or base is None or base == model:
+            return AutoProcessor.from_pretrained(model)
+        return AutoProcessor.from_pretrained(base, revision=config.base_model_revision)
+    except (OSError, ValueError) as error:
+        where = model if base is None or base == model else f"{model} or its base {base}"
+        raise ValueError(f"no processor can be loaded from {where}: {' '.join(str(error).split())}") from error
+
+
+def load(model: str, layers: list[int] | None = None, device: str = "auto", dtype: str = "auto", **config_fields):
     """Model and processor, ready to answer.
 
     Args:
         model: Hub id or directory.
         layers: frozen layers instead of the config's.
-        device: a torch device, or "auto" to spread the model over what there is.
+        device: a torch device, or "auto" ([`place`]).
         dtype: name of a torch dtype, or "auto" for the checkpoint's.
         config_fields: other fields instead of the config's, such as `visual_reduction`.
 
@@ -58,16 +94,12 @@ def load(model: str, layers: list[int] | None = None, device: str = "cpu", dtype
     """
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
-    if device != "auto":
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-    _, model_class = model_classes(model)
-    processor = AutoProcessor.from_pretrained(model)  # before the weights: it is what a directory may lack
+    device_map = place(device)
+    config_class, model_class = model_classes(model)
+    processor = load_processor(model, config_class.from_pretrained(model))  # before the weights, which take long
     if layers is not None:
         config_fields["shortv_layers"] = layers
-    loaded = model_class.from_pretrained(model, dtype=dtype, device_map=device, **config_fields)
+    loaded = model_class.from_pretrained(model, dtype=dtype, device_map=device_map, **config_fields)
     return loaded.eval(), processor
 
 

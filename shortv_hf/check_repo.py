@@ -154,7 +154,10 @@ def _check_base(folder: Path, without_weights: bool) -> str:
             raise ValueError("the repo references no base checkpoint, and holds no safetensors of its own")
         return "holds its own weights"
     if not is_hub_id(base):
-        raise ValueError(f"the weights are those of {base}, which is not a repo on the Hub: nobody else can load them")
+        raise ValueError(
+            f"the weights are those of {base}, which is not a repo on the Hub: nobody else can load them. Build the repo "
+            "with --include-weights, or publish the checkpoint and build from there"
+        )
     if not is_commit(revision):
         raise ValueError(f"the weights of {base} are not pinned to a commit: base_model_revision is {revision!r}")
     return f"weights of {base} at {revision}"

@@ -422,7 +422,7 @@ def publish(
     """Publish a ShortV repo in one commit, with the token of `hf auth login` or HF_TOKEN. Safe to repeat."""
     from . import publish as publishing
 
-    plan = publishing.plan_publication(folder, repo_id, private, revision)
+    plan = publishing.plan_publication(folder, repo_id, private, revision, may_be_offline=dry_run)
     print(plan, flush=True)
     if dry_run:
         print("dry run: nothing was changed")

@@ -92,7 +92,9 @@ def kept_visual_tokens(v: int, visual_reduction: dict | None, config=None, *, ke
     if isinstance(reduction, Downsample):
         return v // reduction.factor**2
     if not isinstance(reduction, SelectingReduction) or v % patches:
-        raise ValueError(f"how many of {v} visual tokens {reduction.method} keeps depends on the image: pass kept")
+        raise ValueError(
+            f"how many of {v} visual tokens {reduction.method} keeps depends on the image: say how many are kept (--kept)"
+        )
     return reduction.token_num * (v // patches)
 
 

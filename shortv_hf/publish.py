@@ -31,6 +31,7 @@ class Plan:
         add, update, same: the paths that are new, differ, and are there already.
         leave: paths in the repo that are not in the directory; publishing deletes nothing.
         parent: the commit that the comparison is with; `None` for a repo to create.
+        unknown: why the Hub could not be looked at; all paths are then in `add`, and nothing is known of the repo.
         create_branch: the branch has to be created, from main.
     """
 
@@ -45,6 +46,7 @@ class Plan:
     same: list[str] = field(default_factory=list)
     leave: list[str] = field(default_factory=list)
     parent: str | None = None
+    unknown: str | None = None
 
     @property
     def is_done(self) -> bool:
@@ -53,7 +55,9 @@ class Plan:
 
     def __str__(self):
         lines = [f"{constants.ENDPOINT}/{self.repo_id}, branch {self.branch}"]
-        if self.create:
+        if self.unknown:
+            lines.append(f"  unknown  what is there already: {self.unknown}")
+        elif self.create:
             lines.append(f"  create   the repo, {'private' if self.private else 'public'}")
         if self.create_branch:
             lines.append("  create   the branch")
@@ -63,10 +67,13 @@ class Plan:
         return "\n".join(lines)
 
 
-def plan_publication(folder: str | Path, repo_id: str, private: bool = False, branch: str = "main") -> Plan:
+def plan_publication(
+    folder: str | Path, repo_id: str, private: bool = False, branch: str = "main", may_be_offline: bool = False
+) -> Plan:
     """Compare a repo directory with what is on the Hub. Changes nothing anywhere.
 
-    Hidden files and `__pycache__` are not published.
+    Hidden files and `__pycache__` are not published. With `may_be_offline`, a Hub that cannot be reached is no error:
+    the plan says so and lists what it knows.
 
     Raises:
         ValueError: the directory is not a ShortV repo that strangers can load (see `check_repo.check_files`), `repo_id`
@@ -90,7 +97,12 @@ def plan_publication(folder: str | Path, repo_id: str, private: bool = False, br
         card = plan.contents["README.md"].read_text(encoding="utf-8")
         plan.contents["README.md"] = with_repo_id(card, repo_id).encode()
 
-    remote = _look(plan)
+    try:
+        remote = _look(plan)
+    except OSError as error:
+        if not may_be_offline:
+            raise
+        remote, plan.unknown = {}, str(error)
     if private and not plan.private:
         raise ValueError(f"{repo_id} exists and is public; --private would not change that")
     for path, content in plan.contents.items():
@@ -128,6 +140,8 @@ def publish(plan: Plan) -> str:
         OSError: there is no token, the Hub refuses, somebody else has committed since the plan was made, or the
             connection breaks.
     """
+    if plan.unknown:
+        raise OSError(plan.unknown)
     if plan.is_done:
         return plan.parent
     if get_token() is None:

@@ -47,7 +47,7 @@ def test_accuracy_is_the_stated_one(demo, cases, variant):
     """On a part of the held-out questions: within three standard errors of what the model card says."""
     model, processor = demo
     layers = {"dense": [], "shortv": RESULTS["frozen_layers"], "all_frozen": list(range(12))}[variant]
-    with chat.frozen_layers(model, layers):
+    with model.using(shortv_layers=layers):
         measured = evaluation.accuracy(evaluation.answer(model, processor, cases), cases)["overall"]
     stated = RESULTS["accuracy"][variant]["overall"]
     assert abs(measured - stated) <= 3 * (stated * (1 - stated) / QUESTIONS) ** 0.5

@@ -204,7 +204,7 @@ def test_reduction_of_the_config_is_the_default():
     [
         ({"N": 2, "visual_reduction": {"method": "vtw", "k": 2}}, "pass shortv_layers instead of N = 2"),
         ({"N": 2, "shortv_layers": [1]}, "not both"),
-        ({"visual_reduction": {"method": "prumerge"}}, "depends on the image: pass kept"),
+        ({"visual_reduction": {"method": "prumerge"}}, "depends on the image: say how many are kept"),
         ({"visual_reduction": {"method": "prumerge"}, "kept": 17}, "valid range is 0 to 16"),
         ({"visual_reduction": {"method": "vtw", "k": 5}}, "integers 1 to 4"),
     ],

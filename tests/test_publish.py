@@ -163,7 +163,7 @@ def test_goes_on_after_a_broken_upload(hub, shortv, tmp_path):
     assert weights.items() <= hub.files("me/mine").items()
 
 
-def test_refusals_of_the_hub(hub, repo, refused):
+def test_refusals_of_the_hub(hub, repo, refused, shortv):
     assert "there is no token" in refused(repo, "--repo-id", "me/mine", token=None)
     wrong = refused(repo, "--repo-id", "me/mine", token="hf_wrong")
     assert "publishing to me/mine broke off: HTTP 401, Invalid user token. The" in wrong and "hf_wrong" not in wrong
@@ -172,6 +172,9 @@ def test_refusals_of_the_hub(hub, repo, refused):
     assert "exists and is public" in refused(repo, "--repo-id", "me/mine", "--private")
     hub.fault = lambda method, path: 500 if method == "GET" else None
     assert "cannot look at me/mine: HTTP 500" in refused(repo, "--repo-id", "me/mine")
+    code, output, _ = shortv("publish", repo, "--repo-id", "me/mine", "--dry-run")
+    assert code == 0 and "unknown  what is there already: cannot look at me/mine: HTTP 500" in output
+    assert "add      config.json" in output and "dry run: nothing was changed" in output
 
 
 def test_a_hub_that_does_not_answer(hub, repo, shortv):
