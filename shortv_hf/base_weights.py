@@ -103,6 +103,9 @@ class BaseWeightsMixin:
                 kwargs["adapter_kwargs"] = kept
         wants_info = kwargs.pop("output_loading_info", False)
         own_key_mapping = kwargs.pop("key_mapping", None)
+        # The adapter comes after the weights have been found complete: 5.5 reports on nothing if it loads both.
+        adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
+        adapter, adapter_name = adapter_kwargs.pop("_adapter_model_path", None), kwargs.pop("adapter_name", "default")
         try:
             model, info = super().from_pretrained(
                 location,
@@ -122,6 +125,8 @@ class BaseWeightsMixin:
             ) from error
         if not wants_info:
             _require_complete(info, location)
+        if adapter is not None:
+            model.load_adapter(adapter, adapter_name=adapter_name, adapter_kwargs=adapter_kwargs)
         if own_key_mapping and hasattr(model, "_weight_conversions"):
             del model._weight_conversions  # 5.x would save under the caller's names, which no reload knows
         if location != path:

@@ -38,6 +38,12 @@ def model_classes(model: str, **hub_kwargs) -> tuple[type[PretrainedConfig], typ
     """
     if str(model).startswith(("/", ".", "~")) and not Path(model).expanduser().exists():
         raise ValueError(f"no such directory: {model}")
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        if (Path(model) / "adapter_config.json").is_file():
+            raise ValueError(
+                f"{model} is a PEFT adapter, not a checkpoint: merge it first (`merge_and_unload`) and save that"
+            )
+        raise ValueError(f"{model} holds no config.json, so it is neither a checkpoint nor a ShortV repo")
     model_type = PretrainedConfig.get_config_dict(model, **hub_kwargs)[0].get("model_type")
     for config_class, model_class in MODEL_CLASSES:
         if model_type in (config_class.model_type, config_class.base_model_type):

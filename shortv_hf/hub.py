@@ -128,7 +128,7 @@ def _declare_tokenizer(file: Path):
     """Name the class that upstream takes for the base. What the base itself names is believed of a model type that
     upstream does not know, by programs that load the tokenizer alone, and cuts prompts into other tokens."""
     content = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if content.get("tokenizer_class") not in ("PreTrainedTokenizerFast", "TokenizersBackend"):
+    if content.get("tokenizer_class") != "PreTrainedTokenizerFast":  # both lines know this name
         content["tokenizer_class"] = "PreTrainedTokenizerFast"
         content.setdefault("model_input_names", ["input_ids", "attention_mask"])  # else 4.x adds `token_type_ids`
         file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

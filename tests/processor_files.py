@@ -51,7 +51,6 @@ def write_processor(folder, family="llava", tokenizer="words"):
             "truncation": None,
             "padding": None,
             "added_tokens": added,
-            "post_processor": None,
             **(WORDS if tokenizer == "words" else PREPEND if tokenizer == "prepend" else BYTES),
             "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
             if tokenizer == "words"
@@ -60,6 +59,7 @@ def write_processor(folder, family="llava", tokenizer="words"):
         "tokenizer_config.json": {
             "tokenizer_class": "LlamaTokenizer" if tokenizer == "prepend" else "PreTrainedTokenizerFast",
             "model_input_names": ["input_ids", "attention_mask"],
+            "legacy": False,
             "bos_token": "<s>",
             "eos_token": "</s>",
             "pad_token": "<pad>",
@@ -99,7 +99,7 @@ def write_processor(folder, family="llava", tokenizer="words"):
     return folder
 
 
-WORDS = {"normalizer": None, "pre_tokenizer": {"type": "Whitespace"}, "decoder": None}
+WORDS = {"normalizer": None, "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None}
 PREPEND = {
     "normalizer": {
         "type": "Sequence",
@@ -109,6 +109,12 @@ PREPEND = {
         ],
     },
     "pre_tokenizer": None,
+    "post_processor": {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+    },
     "decoder": {
         "type": "Sequence",
         "decoders": [
@@ -119,7 +125,7 @@ PREPEND = {
     },
 }
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": True}
-BYTES = {"normalizer": None, "pre_tokenizer": BYTE_LEVEL, "decoder": BYTE_LEVEL}
+BYTES = {"normalizer": None, "pre_tokenizer": BYTE_LEVEL, "post_processor": None, "decoder": BYTE_LEVEL}
 
 
 def pairs_of_characters(space: str) -> dict:
