@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from shortv_hf import evaluation
+from shortv_hf import evaluation, outputs
 from shortv_hf.calibration_data import Case, encode
 from shortv_hf.chat import count_prefill_flops, load
 from shortv_hf.flops import flops_ratio, prefill_flops
@@ -151,7 +151,15 @@ def main():
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--output", type=Path, required=True, help="JSON file; the table goes beside it as .md")
+    parser.add_argument("--overwrite", action="store_true", help="replace the two files")
     arguments = parser.parse_args()
+    table = arguments.output.with_suffix(".md")
+    if table == arguments.output:
+        parser.error(f"--output is {arguments.output}, which is where the table goes; name a .json file")
+    try:
+        outputs.check_files(arguments.output, table, overwrite=arguments.overwrite)
+    except ValueError as error:
+        parser.error(str(error))
     model, processor = load(arguments.model, None, arguments.device, arguments.dtype)
     report = compare(
         model,
@@ -171,9 +179,8 @@ def main():
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    arguments.output.write_text(json.dumps(report, indent=1) + "\n")
-    arguments.output.with_suffix(".md").write_text(markdown(report))
+    outputs.write_text(arguments.output, json.dumps(report, indent=1) + "\n")
+    outputs.write_text(table, markdown(report))
     print(markdown(report))
 
 

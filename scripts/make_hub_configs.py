@@ -1,21 +1,24 @@
 """Write config, generation config, picture and model card of the paper's four ShortV repos into `hub_configs/`.
 
-    python scripts/make_hub_configs.py [--output hub_configs]
+    python scripts/make_hub_configs.py [--output FOLDER [--overwrite]]
 
 The paper's models are in `shortv_hf/paper_models.py`. The cards quote what `scripts/results/` holds about them. Where the
-folder of the demonstration model has a `results.json`, its card and picture are written too.
+folder of the demonstration model has a `results.json`, its card and picture are written too. The checkout's own
+`hub_configs/` is written anew; in another FOLDER, the folders of the repos have to be new or empty.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+from shortv_hf import outputs
 from shortv_hf.configuration_shortv import ShortVLlavaConfig
 from shortv_hf.model_card import demo_card, reference_card
 from shortv_hf.paper_models import PAPER_MODELS, PaperModel
 from shortv_hf.plots import draw_frozen_layers
 
 
+HUB_CONFIGS = Path(__file__).parent.parent / "hub_configs"
 DEMO = "shortv-shapes-demo"
 PICTURE = "frozen_layers.png"
 GENERATION_CONFIG = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32001}
@@ -45,29 +48,37 @@ def write_demo_card(folder: Path):
     """The demonstration model's card, from its config and `results.json` (format: `shortv_hf.model_card.demo_card`)."""
     config = ShortVLlavaConfig.from_pretrained(folder)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    draw_frozen_layers(config, folder / PICTURE, t=13, v=64, title=folder.name)
-    card = demo_card(config, folder.name, results, PICTURE)
-    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    with outputs.whole_file(folder / PICTURE) as picture:
+        draw_frozen_layers(config, picture, t=13, v=64, title=folder.name)
+    outputs.write_text(folder / "README.md", str(demo_card(config, folder.name, results, PICTURE)))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent.parent / "hub_configs")
-    output = parser.parse_args().output
+    parser.add_argument("--output", type=Path, default=HUB_CONFIGS, help="default: hub_configs of the checkout")
+    parser.add_argument("--overwrite", action="store_true", help="replace files of the same names in --output")
+    args = parser.parse_args()
+    output = args.output
+    has_demo = (output / DEMO / "results.json").is_file()
+    try:
+        for name in [*(model.repo for model in PAPER_MODELS.values()), *([DEMO] if has_demo else [])]:
+            outputs.check_folder(output / name, args.overwrite, own=output.resolve() == HUB_CONFIGS.resolve())
+    except ValueError as error:
+        parser.error(str(error))
     for model in PAPER_MODELS.values():
         folder = output / model.repo
         folder.mkdir(parents=True, exist_ok=True)
         for file, content in (("config.json", repo_config(model)), ("generation_config.json", GENERATION_CONFIG)):
-            text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-            (folder / file).write_text(text, encoding="utf-8")
+            outputs.write_text(folder / file, json.dumps(content, indent=2, sort_keys=True) + "\n")
         config = model.config_class.from_pretrained(folder)
-        draw_frozen_layers(config, folder / PICTURE, t=64, v=2880 if "v1.6" in model.repo else 576)
+        with outputs.whole_file(folder / PICTURE) as picture:
+            draw_frozen_layers(config, picture, t=64, v=2880 if "v1.6" in model.repo else 576)
         card = reference_card(
             config, model.repo, license="llama2", of_the_paper=True, picture=PICTURE, measured=measured(model.repo)
         )
-        (folder / "README.md").write_text(str(card), encoding="utf-8")
+        outputs.write_text(folder / "README.md", str(card))
         print(folder)
-    if (output / DEMO / "results.json").is_file():
+    if has_demo:
         write_demo_card(output / DEMO)
         print(output / DEMO)
 

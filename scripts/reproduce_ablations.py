@@ -6,7 +6,7 @@
 Measures, against the number N of frozen layers, accuracy and the KL divergence from the dense model, for layers ranked by
 Layer Contribution, greedily, by cosine similarity (Table 6) and at random (several seeds); retention of accuracy, as in
 Figure 1(b); and freezing other tokens in N layers (Table 7). Layers are ranked on other samples than those of the
-evaluation. Writes OUTPUT.json with the conditions, OUTPUT.png and OUTPUT.md.
+evaluation. Writes OUTPUT.json with the conditions, OUTPUT.md, OUTPUT.png and OUTPUT-layers.png.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from shortv_hf import chat, evaluation, plots
+from shortv_hf import chat, evaluation, outputs, plots
 from shortv_hf.calibration_data import encode, load_cases
 from shortv_hf.flops import flops_ratio
 from shortv_hf.layer_contribution import frozen_tokens, joint_kl, rank_layers
@@ -163,8 +163,15 @@ def main():
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--output", type=Path, default=ROOT / "scripts" / "results" / "ablations-shapes-demo")
+    parser.add_argument("--output", type=Path, help="in a folder that exists; default ablations-MODEL")
+    parser.add_argument("--overwrite", action="store_true", help="replace the files that --output names")
     args = parser.parse_args()
+    output = args.output or Path(f"ablations-{Path(args.model).resolve().name}")
+    files = [output.with_name(output.name + ending) for ending in (".json", ".md", ".png", "-layers.png")]
+    try:
+        outputs.check_files(*files, overwrite=args.overwrite)
+    except ValueError as error:
+        parser.error(str(error))
     reduction = visual_reduction_from_text(args.reduction)
     plots.check_matplotlib()
     started = time.monotonic()
@@ -218,14 +225,15 @@ def main():
     if reduction is None:
         results["frozen_tokens"] = measure_frozen_tokens(measure, model, samples, args.kl, n, args.seeds)
     results["conditions"]["seconds"] = round(time.monotonic() - started)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    args.output.with_suffix(".md").write_text(markdown(results))
-    draw(results, args.output)
+    report, table, curves_picture, layers_picture = files
+    outputs.write_text(report, json.dumps(results, indent=1) + "\n")
+    outputs.write_text(table, markdown(results))
     print(markdown(results))
+    with outputs.whole_file(curves_picture) as curves_file, outputs.whole_file(layers_picture) as layers_file:
+        draw(results, curves_file, layers_file)
 
 
-def draw(results: dict, output: Path):
+def draw(results: dict, curves_file: Path, layers_file: Path):
     """Accuracy, KL and retention against N; Layer Contribution by layer."""
 
     def curve(rows, name, scale=1.0):
@@ -245,11 +253,11 @@ def draw(results: dict, output: Path):
             }
         },
     }
-    plots.plot_curves(panels, "layers with frozen visual tokens", output.with_suffix(".png"))
+    plots.plot_curves(panels, "layers with frozen visual tokens", curves_file)
     scores = {f"{kind} tokens": values for kind, values in results["layer_contribution"].items()}
     label, made = "Layer Contribution (nats)", results["conditions"]
     title = f"{made['model']}: {label}\n{made['ranked_on']} samples ({made['data']}), {made['kl']} KL"
-    plots.plot_layer_scores(scores, label, output.with_name(f"{output.name}-layers.png"), log=True, title=title)
+    plots.plot_layer_scores(scores, label, layers_file, log=True, title=title)
 
 
 if __name__ == "__main__":

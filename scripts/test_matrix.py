@@ -4,7 +4,8 @@
 
 Each version is installed into a folder of its own beside the others and goes before what the interpreter has; everything
 else (torch, pytest, accelerate) is the interpreter's, which needs the `test` extra. `--python` names another interpreter,
-for another Python or torch. Rows of earlier runs stay in the output, which is written after every version.
+for another Python or torch. Rows of earlier runs stay in the output, which is written after every version; `--overwrite`
+begins it anew.
 Exit code 1 if a test failed.
 """
 
@@ -18,6 +19,8 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+
+from shortv_hf import outputs
 
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +80,14 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines + ["| " + " | ".join(str(row[name]) for name in names) + " |" for row in rows]) + "\n"
 
 
+def earlier_rows(report: Path) -> list[dict]:
+    """The rows of a report of this script; none if it is something else, or not there."""
+    try:
+        return json.loads(report.read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("versions", nargs="*", help=f"of Transformers (default: {', '.join(VERSIONS)})")
@@ -84,10 +95,15 @@ def main() -> int:
     parser.add_argument("--python", default=sys.executable, help="interpreter with the test extra (default: this one)")
     parser.add_argument("--folder", type=Path, default=ROOT / ".venv-matrix", help="where versions are installed")
     parser.add_argument("--output", type=Path, help="JSON file; a Markdown table is written beside it")
+    parser.add_argument("--overwrite", action="store_true", help="replace the two files, whatever they hold")
     arguments = parser.parse_args()
-    rows = []
-    if arguments.output and arguments.output.exists():
-        rows = json.loads(arguments.output.read_text(encoding="utf-8"))["rows"]
+    rows = earlier_rows(arguments.output) if arguments.output and not arguments.overwrite else []
+    if arguments.output:
+        try:
+            overwrite = arguments.overwrite or bool(rows)
+            outputs.check_files(arguments.output, arguments.output.with_suffix(".md"), overwrite=overwrite)
+        except ValueError as error:
+            parser.error(str(error))
     for version in [None] if arguments.installed else arguments.versions or VERSIONS:
         target = None if version is None else install(version, arguments.python, arguments.folder)
         row = run_core(arguments.python, target)
@@ -96,8 +112,8 @@ def main() -> int:
         rows.sort(key=lambda row: [[int(part) for part in re.findall(r"\d+", row[name])] for name in key])
         print(table([row]).splitlines()[-1], *row.get("failures", ()), row.get("error", ""), sep="\n", flush=True)
         if arguments.output:
-            arguments.output.write_text(json.dumps({"tests": CORE, "rows": rows}, indent=1) + "\n", encoding="utf-8")
-            arguments.output.with_suffix(".md").write_text(table(rows), encoding="utf-8")
+            outputs.write_text(arguments.output, json.dumps({"tests": CORE, "rows": rows}, indent=1) + "\n")
+            outputs.write_text(arguments.output.with_suffix(".md"), table(rows))
     print(table(rows))
     return int(any(row["failed"] or "error" in row for row in rows))
 

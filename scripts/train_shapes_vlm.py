@@ -1,7 +1,7 @@
 """Train the demonstration model: a small LLaVA that answers questions about pictures of coloured shapes.
 
     python scripts/train_shapes_vlm.py --run-dir RUN              # train; the same command resumes an interrupted run
-    python scripts/train_shapes_vlm.py --run-dir RUN --export     # write and evaluate hub_configs/shortv-shapes-demo
+    python scripts/train_shapes_vlm.py --run-dir RUN --export --overwrite  # write and evaluate the demonstration model
 
 Three stages, as for large LLaVA models. First the vision tower alone learns to say, for each patch, which object
 covers it (linear heads that are thrown away afterwards). Then the projector alone learns to turn each patch into the
@@ -27,7 +27,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from torch import nn
 from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration, evaluation, shapes
+from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration, evaluation, outputs, shapes
 from shortv_hf.calibration_data import load_samples
 from shortv_hf.layer_contribution import rank_layers
 
@@ -122,7 +122,7 @@ def write_processor(folder: Path):
 
 
 def write_json(file: Path, content: dict):
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    outputs.write_text(file, json.dumps(content, indent=2) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------ model
@@ -631,6 +631,7 @@ def main():
     default_output = Path(__file__).parent.parent / "hub_configs" / "shortv-shapes-demo"
     parser.add_argument("--run-dir", type=Path, required=True, help="checkpoints; an interrupted run resumes from it")
     parser.add_argument("--output", type=Path, default=default_output, help="folder that --export writes")
+    parser.add_argument("--overwrite", action="store_true", help="--export: replace the model that --output holds")
     parser.add_argument("--export", action="store_true", help="write and evaluate the repo instead of training")
     parser.add_argument("--frozen", type=int, default=8, help="--export: number of frozen layers in the config")
     parser.add_argument("--samples", type=int, default=200, help="--export: samples that the layers are ranked on")
@@ -651,6 +652,13 @@ def main():
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--eval-every", type=int, default=400)
     args = parser.parse_args()
+    try:
+        if args.export:
+            outputs.check_folder(args.output, args.overwrite)
+        else:
+            outputs.check_folder(args.run_dir, own=(args.run_dir / "checkpoint.pt").is_file())
+    except ValueError as error:
+        parser.error(str(error))
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     (export if args.export else train)(args)

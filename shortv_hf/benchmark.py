@@ -8,8 +8,8 @@ On a GPU, one command per model of the paper (llava-1.5-7b, llava-1.5-13b, llava
 
     shortv bench --device cuda --dtype bfloat16 --models llava-1.5-7b --batch 1 4 8 --repeats 15 --output llava-1.5-7b.json
 
-`python scripts/benchmark.py` in a checkout is the same. Beside the JSON file, which is written anew after every
-prompt, there are a Markdown table and, where several numbers of frozen layers were measured, a chart.
+`python scripts/benchmark.py` in a checkout is the same. Beside the JSON file there is a Markdown table; both are written
+anew after every prompt. Where several numbers of frozen layers were measured, a chart follows at the end.
 
 Memory of long prompts, without timing: `--images 5 10 20 35 --repeats 0 --methods shortv --num-layers 10`.
 Time to load a checkpoint: `--loading`.
@@ -33,7 +33,7 @@ import transformers
 from transformers.utils import logging
 
 from . import benchmark_report as reports
-from . import plots
+from . import outputs, plots
 from .benchmark_loading import time_loading
 from .benchmark_meters import profile_prefill, time_decoding, time_prefill
 from .benchmark_models import METHODS, STOCK, SUBJECTS, Method, build_models, choose_methods, make_inputs
@@ -290,7 +290,8 @@ def parse_arguments(arguments: list[str], program: str) -> argparse.Namespace:
     )
     add("--bandwidth-gbs", type=float, help="of its memory, in GB/s; with --peak-tflops")
     add("--loading", action="store_true", help="time from_pretrained on a generated checkpoint as well")
-    add("--output", type=Path, help="a .json file; the table and the chart are written beside it")
+    add("--output", type=Path, help="a .json file in a folder that exists; table and chart are written beside it")
+    add("--overwrite", action="store_true", help="replace the files that --output names")
     return parser.parse_args(arguments)
 
 
@@ -300,6 +301,9 @@ def main(arguments: list[str] | None = None, program: str = "shortv bench"):
     arguments = parse_arguments(given, program)
     if arguments.output is not None and arguments.output.suffix != ".json":
         raise ValueError(f"--output is {arguments.output}; it must end in .json")
+    if arguments.output is not None:
+        written = [arguments.output.with_suffix(suffix) for suffix in (".json", ".md", ".png")]
+        outputs.check_files(*written, overwrite=arguments.overwrite)
     if arguments.loading and arguments.repeats == 0:
         raise ValueError("--loading takes times; --repeats 0 takes none")
     device = torch.device(arguments.device)
@@ -336,13 +340,15 @@ def main(arguments: list[str] | None = None, program: str = "shortv bench"):
                 report["results"] += [{"model": name, "images": images, **row} for row in rows]
                 report["skipped"] += [{"model": name, "images": images, "batch": batch, **each} for each in skipped]
                 if arguments.output is not None:
-                    reports.write(report, arguments.output, chart)
+                    reports.write(report, arguments.output)
         if arguments.loading:
             report["loading"].append({"model": name, **time_loading(bench.stock, bench.shortv, arguments.repeats)})
         del bench
     if arguments.output is not None:
-        reports.write(report, arguments.output, chart)
+        reports.write(report, arguments.output)
     print(reports.markdown(report))
+    if chart:
+        reports.draw(report, arguments.output)
 
 
 def _can_draw() -> bool:

@@ -4,7 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
-from . import plots
+from . import outputs, plots
 
 
 STAGES = ("time_to_first_token", "prefill", "language_model", "output_token")
@@ -135,11 +135,15 @@ def sweeps(report: dict) -> dict[str, dict]:
     }
 
 
-def write(report: dict, output: Path, chart: bool):
-    """Write `output` (JSON), and beside it the table (.md) and, if `chart`, the speed-up against N (.png)."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    output.with_suffix(".md").write_text(markdown(report) + "\n", encoding="utf-8")
-    panels = sweeps(report) if chart else {}
+def write(report: dict, output: Path):
+    """Write `output` (JSON), and beside it the table (.md)."""
+    outputs.write_text(output, json.dumps(report, indent=1) + "\n")
+    outputs.write_text(output.with_suffix(".md"), markdown(report) + "\n")
+
+
+def draw(report: dict, output: Path):
+    """Draw the speed-up against the number of frozen layers beside `output` (.png), where several were measured."""
+    panels = sweeps(report)
     if panels:
-        plots.plot_curves(panels, "frozen layers N", output.with_suffix(".png"))
+        with outputs.whole_file(output.with_suffix(".png")) as chart:
+            plots.plot_curves(panels, "frozen layers N", chart)

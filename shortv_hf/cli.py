@@ -204,15 +204,24 @@ def lc(
     flops_ratio: Annotated[float | None, typer.Option(help="Freeze as few as reach this share of FLOPs.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Freeze as many as cost at most this KL, in nats.")] = None,
     text: Annotated[bool, typer.Option(help="Measure the layers for text tokens as well, for comparison.")] = True,
-    output: Annotated[Path, typer.Option(help="Directory for ranking.json and the plot.")] = Path(
-        "layer_contribution"
-    ),
-    save_model: Annotated[Path | None, typer.Option(help="Write a repo with the chosen layers here.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            help="New or empty folder for ranking.json and the plot; default: lc-MODEL-METRIC, e.g. "
+            "lc-llava-1.5-7b-hf-greedy."
+        ),
+    ] = None,
+    save_model: Annotated[
+        Path | None, typer.Option(help="New or empty folder for a repo with the chosen layers.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what --output and --save-model hold already.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto (several devices).")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ):
     """Rank the decoder layers of a model on data, choose which to freeze, and write a repo that freezes them."""
-    from . import calibration_data, chat, plots
+    from . import calibration_data, chat, hub, outputs, plots
     from . import layer_contribution as lcs
     from .flops import flops_ratio as ratio_of_flops
 
@@ -228,6 +237,14 @@ def lc(
     config = _load_config(model)
     lcs.check_choices(metric, kl=kl)
     lcs.check_budget(config, num_layers, flops_ratio, max_kl)
+    if output is None:
+        output = Path(f"lc-{Path(model).resolve().name}-{metric}")
+    outputs.check_folder(output, overwrite)
+    if save_model is not None:
+        if output.resolve().is_relative_to(save_model.resolve()):
+            raise ValueError(f"--output {output} is inside --save-model {save_model}; name two folders")
+        outputs.check_folder(save_model, overwrite)
+        hub.check_output_dir(save_model, overwrite=overwrite)
 
     loaded, processor = chat.load(model, None, device, dtype)
     inputs = calibration_data.Samples(data, processor, samples, seed)
@@ -238,11 +255,12 @@ def lc(
     scores = {"visual tokens": ranking.scores}
     if text and metric in ("lc", "cosine"):
         scores["text tokens"] = lcs.rank_layers(loaded, inputs, metric, "text", **options).scores
-    n = lcs.choose_num_layers(loaded, inputs, ranking, num_layers, flops_ratio, max_kl, kl) if given else None
-
     label = SCORE_LABELS[metric]
     title, log = plots.ranking_title(ranking, label), metric in ("lc", "greedy")  # a KL divergence is 0 or more
-    plots.plot_layer_scores(scores, label, output / "layer_scores.png", log, title)
+    with outputs.whole_file(output / "layer_scores.png") as plot:
+        plots.plot_layer_scores(scores, label, plot, log, title)
+    n = lcs.choose_num_layers(loaded, inputs, ranking, num_layers, flops_ratio, max_kl, kl) if given else None
+
     _print_ranking(ranking, scores, n)
     print(f"{output}: ranking.json, layer_scores.png")
     if n is not None:
@@ -256,7 +274,7 @@ def lc(
             print(f"{share:.1%} of the prefill's FLOPs at the samples' t = {t:.0f} text and v = {v:.0f} visual tokens")
     if save_model is not None:
         config.shortv_layers = ranking.layers(n)  # the rest, dtype above all, stays the checkpoint's
-        _write_repo(model, config, save_model)
+        _write_repo(model, config, save_model, overwrite)
         print(f"{save_model}: a repo that freezes these layers")
 
 
@@ -279,7 +297,7 @@ def _print_ranking(ranking, scores: dict[str, list[float]], n: int | None):
     Console().print(table)
 
 
-def _write_repo(model: str, config, output: Path):
+def _write_repo(model: str, config, output: Path, overwrite: bool):
     """A repo with this config for the checkpoint in a directory or on the Hub: it references the checkpoint or, of a
     ShortV repo with weights of its own, copies them."""
     from huggingface_hub import snapshot_download
@@ -287,10 +305,10 @@ def _write_repo(model: str, config, output: Path):
     from . import hub
 
     if config.base_model_name_or_path is not None:
-        hub.build_repo_from_base(config, output)
+        hub.build_repo_from_base(config, output, overwrite=overwrite)
         return
     folder = model if Path(model).is_dir() else snapshot_download(model)
-    hub.build_repo(config, output, folder, weights_dir=folder)
+    hub.build_repo(config, output, folder, weights_dir=folder, overwrite=overwrite)
 
 
 @app.command()
@@ -298,7 +316,8 @@ def visualize(
     model: Annotated[str, typer.Option(help="Hub id or directory of a ShortV repo or a LLaVA checkpoint.")],
     image: Annotated[str, typer.Option(help="Path or URL of a picture.")],
     method: Annotated[str, typer.Option(help="Token reduction, e.g. fastv:k=2,ratio=0.5, prumerge or JSON.")],
-    output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("patches.png"),
+    output: Annotated[Path, typer.Option(help="PNG file to write, in a folder that exists.")] = Path("patches.png"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
     prompt: Annotated[str, typer.Option(help="The question; FastV's choice depends on it.")] = "Describe the image.",
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "cpu",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -307,8 +326,10 @@ def visualize(
     from rich.progress import track
 
     from . import chat as chats
+    from . import outputs
     from .reduction_pictures import draw_reduction
 
+    outputs.check_files(output, overwrite=overwrite)
     fields = _parse_reduction(method)
     (picture,) = chats.load_images([image])
     loaded, processor = chats.load(model, None, device, dtype, **fields)
@@ -316,7 +337,8 @@ def visualize(
     def progress(variants):
         return track(variants, description="Running", console=Console(stderr=True), transient=True)
 
-    draw_reduction(loaded, processor, picture, prompt, fields["visual_reduction"], output, progress)
+    with outputs.whole_file(output) as file:
+        draw_reduction(loaded, processor, picture, prompt, fields["visual_reduction"], file, progress)
     print(output)
 
 
@@ -349,7 +371,9 @@ def vtw_k(
 @app.command()
 def build_repo(
     model: Annotated[str, typer.Argument(help="Hub id or directory of the original checkpoint.")],
-    output: Annotated[Path, typer.Option(help="Directory to write.")],
+    output: Annotated[
+        Path, typer.Option(help="Folder to write: new, empty, or what build-repo wrote earlier, which is built again.")
+    ],
     layers: Annotated[
         str | None, typer.Option(help="Layers to freeze, most ineffective first, e.g. 31,29,30.")
     ] = None,
@@ -363,6 +387,13 @@ def build_repo(
     processor_dir: Annotated[Path | None, typer.Option(help="Local directory with the processor files.")] = None,
     include_weights: Annotated[
         bool, typer.Option("--include-weights", help="Copy the weights too, instead of referencing them.")
+    ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Replace files that build-repo did not write, or that were changed since; weights beside a reference go.",
+        ),
     ] = False,
 ):
     """Write a repo (config, code, processor files, model card) that references an original checkpoint's weights."""
@@ -386,7 +417,7 @@ def build_repo(
     if reduction is not None:
         config.visual_reduction = _parse_reduction(reduction)["visual_reduction"]
     config.validate_shortv()
-    hub.build_repo_from_base(config, output, processor_dir, include_weights)
+    hub.build_repo_from_base(config, output, processor_dir, include_weights, overwrite)
     base, commit = config.base_model_name_or_path, config.base_model_revision
     weights = f"a copy of the weights of {base}" if include_weights else f"weights from {base}"
     print(f"{output}: freezes layers {config.shortv_layers}, {weights}{f' at commit {commit}' if commit else ''}")

@@ -3,13 +3,15 @@
 import ast
 import copy
 import json
+import re
 import shutil
+import tempfile
 from pathlib import Path
 
 from huggingface_hub import ModelCard, snapshot_download
 from transformers import PretrainedConfig
 
-from . import modeling_shortv
+from . import modeling_shortv, outputs
 from .model_card import PAPER, is_commit, reference_card
 
 
@@ -29,6 +31,7 @@ PROCESSOR_FILES = (
     "vocab.json",
 )
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
+MODEL_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # what Transformers would load
 
 
 def code_files() -> list[Path]:
@@ -59,12 +62,61 @@ def find_code(content) -> str | None:
     return None
 
 
+def check_output_dir(
+    output_dir: str | Path, names: set[str] = frozenset(), kept: set[str] = frozenset(), overwrite: bool = False
+) -> set[str]:
+    """Check that a repo may be written to `output_dir`, by the rule of `outputs.py`; writes nothing.
+
+    Args:
+        names: of the files to write.
+        kept: names of files that are there already and are to be part of the repo.
+        overwrite: replace files that were not written by [`build_repo`], or were changed since.
+
+    Returns:
+        The names of files there that the repo does not need: unchanged ones of an earlier repo, and its weights.
+
+    Raises:
+        ValueError: it cannot be written; it is not empty and holds no earlier repo; or something is in the way that is
+            not to be overwritten. Weights beside something else than a ShortV repo are in the way in any case.
+    """
+    output_dir = Path(output_dir)
+    outputs.check_folder(output_dir, overwrite, own=bool(kept or outputs.read_record(output_dir)))
+    own = outputs.unchanged_files(output_dir)
+    there = {file.name for file in output_dir.iterdir()} if output_dir.is_dir() else set()
+    weights = {name for name in there if MODEL_WEIGHTS.fullmatch(name)} - own - set(kept)
+    in_the_way = (there & set(names)) - own | weights
+    if in_the_way and not overwrite:
+        raise ValueError(
+            f"{output_dir} holds {', '.join(sorted(in_the_way))}: not written by build-repo, or changed since; name "
+            "another folder, or pass --overwrite to replace what is in the way"
+        )
+    if weights and not _is_shortv_repo(output_dir):
+        raise ValueError(
+            f"{output_dir} is not a ShortV repo and holds weights, {', '.join(sorted(weights))}, which are not "
+            "overwritten; name another folder"
+        )
+    return (own | weights) - set(names) - set(kept)
+
+
+def _is_same(one: str | Path, other: str | Path) -> bool:
+    return Path(one).resolve() == Path(other).resolve()
+
+
+def _is_shortv_repo(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config["model_type"].startswith("shortv_")
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+
+
 def build_repo(
     config: PretrainedConfig,
     output_dir: str | Path,
     processor_dir: str | Path | None = None,
     weights_dir: str | Path | None = None,
     license: str | None = None,
+    overwrite: bool = False,
 ) -> Path:
     """Write a repo that `AutoModelForImageTextToText.from_pretrained(output_dir, trust_remote_code=True)` loads.
 
@@ -74,18 +126,20 @@ def build_repo(
 
     Args:
         config: a `ShortVLlavaConfig` or `ShortVLlavaNextConfig`.
-        output_dir: the repo's directory; made if needed. Files of the same names are overwritten, others stay.
+        output_dir: the repo's directory: new, empty, an earlier repo of this function, or `processor_dir` itself. What
+            it wrote there before is replaced, or removed if the repo no longer needs it; other files stay.
         processor_dir: a local directory with the files of the base checkpoint's processor.
         weights_dir: a local directory with the base checkpoint's safetensors, to be copied as they are; the config then
             references no base.
         license: of the base checkpoint, for the model card.
+        overwrite: replace files in `output_dir` that this function did not write, or that were changed since.
 
     Returns:
         The directory.
 
     Raises:
         ValueError: `config` is not a ShortV config or has bad fields; `processor_dir` holds no processor or
-            `weights_dir` no safetensors.
+            `weights_dir` no safetensors; `output_dir` as in [`check_output_dir`].
     """
     if not str(getattr(config, "model_type", "")).startswith("shortv_"):
         raise ValueError(f"build_repo needs a ShortV config, got {type(config).__name__}")
@@ -113,14 +167,20 @@ def build_repo(
     output_dir = Path(output_dir)
     name = output_dir.resolve().name
     card = reference_card(config, name, base=base, base_revision=base_revision, license=license)
+    kept = {file.name for file in files if _is_same(file.absolute().parent, output_dir)}
+    names = {"config.json", "README.md", *(file.name for file in files)} - kept
+    unneeded = check_output_dir(output_dir, names, kept, overwrite)
     output_dir.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(output_dir)
-    for file in files:
-        if file.absolute().parent.resolve() != output_dir.resolve():
-            shutil.copyfile(file, output_dir / file.name)
-    if config.tokenizer_is_the_file and (output_dir / "tokenizer.json").is_file():
-        _declare_tokenizer(output_dir / "tokenizer_config.json")
-    (output_dir / "README.md").write_text(str(card), encoding="utf-8")
+    with tempfile.TemporaryDirectory(dir=output_dir, prefix=".shortv-") as staged:
+        staged = Path(staged)
+        config.save_pretrained(staged)
+        for file in files:
+            if file.name in names:
+                shutil.copyfile(file, staged / file.name)
+        if config.tokenizer_is_the_file and (staged / "tokenizer.json").is_file():
+            _declare_tokenizer(staged / "tokenizer_config.json")
+        (staged / "README.md").write_text(str(card), encoding="utf-8")
+        outputs.install(staged, output_dir, kept, unneeded)
     return output_dir
 
 
@@ -139,8 +199,11 @@ def build_repo_from_base(
     output_dir: str | Path,
     processor_dir: str | Path | None = None,
     include_weights: bool = False,
+    overwrite: bool = False,
 ) -> Path:
     """[`build_repo`] with what it needs of the base checkpoint, local or on the Hub, at the commit that `config` pins.
+
+    `output_dir` and `overwrite` as there.
 
     Raises:
         ValueError: as `build_repo`; `config` references no base; a base on the Hub is not pinned to a commit;
@@ -152,11 +215,15 @@ def build_repo_from_base(
         raise ValueError("the config references no base checkpoint: it is of a model that holds its own weights")
     if Path(base).is_dir():
         base_dir = Path(base)
-        if Path(output_dir).resolve() == base_dir.resolve():
+        if _is_same(output_dir, base_dir):
             raise ValueError(f"{output_dir} is the checkpoint itself; name another directory")
     elif not is_commit(revision):
         raise ValueError(f"the reference to {base} is not pinned to a commit: base_model_revision is {revision!r}")
     else:
+        in_place = processor_dir is not None and _is_same(processor_dir, output_dir)
+        kept = set(PROCESSOR_FILES) if in_place else set()
+        names = {"config.json", "README.md", *(file.name for file in code_files())}
+        check_output_dir(output_dir, names, kept, overwrite)  # before the download
         patterns = [*PROCESSOR_FILES, "generation_config.json", "README.md"]
         patterns += WEIGHT_FILES if include_weights else ()
         base_dir = Path(snapshot_download(base, revision=revision, allow_patterns=patterns))
@@ -166,4 +233,4 @@ def build_repo_from_base(
     if (base_dir / "README.md").is_file():
         license = ModelCard.load(base_dir / "README.md", ignore_metadata_errors=True).data.license or license
     weights_dir = base_dir if include_weights else None
-    return build_repo(config, output_dir, processor_dir, weights_dir, license)
+    return build_repo(config, output_dir, processor_dir, weights_dir, license, overwrite)

@@ -31,6 +31,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from . import outputs
 from .flops import flops_ratio
 from .freeze_plan import FreezePlan
 
@@ -95,8 +96,8 @@ class LayerRanking:
         model.set_shortv_layers(self.layers_for(model.config, num_layers))
 
     def save(self, file: str | Path):
-        """Write as JSON."""
-        Path(file).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Write as JSON, in place of a file that is there."""
+        outputs.write_text(file, json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def load(cls, file: str | Path) -> "LayerRanking":

@@ -43,6 +43,7 @@ def models(request):
 
 
 def run(tmp_path, *arguments):
+    (tmp_path / "out").mkdir()
     given = ["--text-tokens", T, "--repeats", 2, *arguments, "--output", tmp_path / "out" / "r.json"]
     benchmark.main([str(each) for each in given], "bench")
     return json.loads((tmp_path / "out" / "r.json").read_text())

@@ -10,6 +10,7 @@ from processor_files import write_processor
 from test_base_weights import write_checkpoint
 
 from shortv_hf.hub import build_repo
+from shortv_hf.outputs import RECORD
 
 
 pytestmark = pytest.mark.once
@@ -90,7 +91,7 @@ def test_plan_publish_repeat_update(hub, repo, shortv):
     assert code == 0 and f"published: me/mine is at commit {hub.head('me/mine')}" in output
     assert len(commits(hub)) == 1 and hub.repos["me/mine"]["token"] == TOKEN
     published = hub.files("me/mine")
-    local = {file.name: file.read_bytes() for file in repo.iterdir()}
+    local = {file.name: file.read_bytes() for file in repo.iterdir() if file.name != RECORD}
     assert set(published) == {*local, ".gitattributes"}
     assert all(published[name] == content for name, content in local.items() if name != "README.md")
     assert b'repo = "me/mine"' in published["README.md"] and b"ORG/" not in published["README.md"]
