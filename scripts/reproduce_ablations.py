@@ -19,7 +19,7 @@ import torch
 import transformers
 
 from shortv_hf import chat, evaluation, outputs, plots
-from shortv_hf.calibration_data import encode, load_cases
+from shortv_hf.calibration_data import encode, load_cases, split_sources
 from shortv_hf.flops import flops_ratio
 from shortv_hf.layer_contribution import frozen_tokens, joint_kl, rank_layers
 from shortv_hf.visual_reduction import visual_reduction_from_text
@@ -35,7 +35,7 @@ def split_cases(data: str, samples: int, questions: int) -> tuple[list, list]:
         ValueError: as `load_cases`, or if no case to evaluate on has an answer.
     """
     ranked, evaluated = [], []
-    for name in filter(None, map(str.strip, data.split(","))):
+    for name in split_sources(data):
         if name == "shapes":
             ranked += load_cases(name, samples)
             evaluated += evaluation.held_out_cases(questions)

@@ -7,22 +7,30 @@ A source is one of
     gqa, flickr30k      streamed from the Hub with the `datasets` library (the `calibrate` extra)
     shapes              pictures of coloured shapes with questions; needs nothing
     a folder            pictures and a JSONL file with a line `{"image": "cat.jpg", "prompt": "What is this?"}` per sample
+
+Several are a list, or one string with commas; a folder whose name holds a comma is taken whole where it exists.
 """
 
+import codecs
 import json
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from os import PathLike
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 from transformers import ProcessorMixin
 
 from . import shapes
+from .images import load_image, to_rgb
+from .prompts import check_utf8, user_message
 
 
-GQA, FLICKR30K = "lmms-lab/GQA", "lmms-lab/flickr30k"
+# What the Hub calls them now, and what it called them before
+GQA = ("lmms-lab-encoder/GQA", "lmms-lab/GQA")
+FLICKR30K = ("lmms-lab-encoder/flickr30k", "lmms-lab/flickr30k")
 GQA_PROMPT = "{}\nAnswer the question using a single word or phrase."
 FLICKR30K_PROMPT = "Provide a one-sentence caption for the provided image."
 
@@ -36,12 +44,8 @@ class Case:
     answer: str | None = None
     type: str | None = None
 
-    def content(self) -> list[dict]:
-        """The user's message for a chat template."""
-        return [{"type": "image"} for _ in self.images] + [{"type": "text", "text": self.prompt}]
 
-
-def load_samples(data: str, processor: ProcessorMixin, n: int = 20, seed: int = 0) -> Iterator[dict]:
+def load_samples(data: str | Sequence[str], processor: ProcessorMixin, n: int = 20, seed: int = 0) -> Iterator[dict]:
     """Model inputs, one sample at a time, of every source in `data`; arguments and errors as [`load_cases`]."""
     return (encode(case, processor) for case in load_cases(data, n, seed))
 
@@ -49,7 +53,7 @@ def load_samples(data: str, processor: ProcessorMixin, n: int = 20, seed: int = 
 class Samples:
     """[`load_samples`] that can be gone through several times, without keeping what it yields."""
 
-    def __init__(self, data: str, processor: ProcessorMixin, n: int = 20, seed: int = 0):
+    def __init__(self, data: str | Sequence[str], processor: ProcessorMixin, n: int = 20, seed: int = 0):
         self.cases, self.processor = list(load_cases(data, n, seed)), processor
 
     def __len__(self):
@@ -59,15 +63,27 @@ class Samples:
         return (encode(case, self.processor) for case in self.cases)
 
 
-def load_cases(data: str, n: int = 20, seed: int = 0) -> Iterator[Case]:
-    """`n` samples, chosen by `seed`, of every source in `data`, a list of names or folders separated by commas.
+def load_cases(data: str | Sequence[str], n: int = 20, seed: int = 0) -> Iterator[Case]:
+    """`n` samples, chosen by `seed`, of every source in `data`.
+
+    Args:
+        data: names or folders: a list, or one string that separates them by commas. An entry that is a folder is taken
+            whole, commas and all.
 
     Raises:
         ValueError: if a source is unknown, cannot be read or reached, or has fewer than `n` samples.
     """
     if n < 1:
         raise ValueError(f"cannot take {n} samples; the least is 1")
-    names = [name.strip() for name in data.split(",") if name.strip()]
+    return (case for name in split_sources(data) for case in SOURCES.get(name, _from_folder(name))(n, seed))
+
+
+def split_sources(data: str | Sequence[str]) -> list[str]:
+    """The names and folders in `data`, as [`load_cases`] takes it. Raises `ValueError` if one is unknown or none there."""
+    names = []
+    for entry in map(str, [data] if isinstance(data, (str, PathLike)) else data):
+        whole = entry.strip() and Path(entry).is_dir()
+        names += [entry] if whole else [name.strip() for name in entry.split(",") if name.strip()]
     if not names:
         raise ValueError(f"no data in {data!r}; use {', '.join(SOURCES)} or a folder")
     for name in names:
@@ -75,44 +91,50 @@ def load_cases(data: str, n: int = 20, seed: int = 0) -> Iterator[Case]:
             raise ValueError(
                 f"unknown data {name!r}; use {', '.join(SOURCES)} or a folder with pictures and a JSONL file"
             )
-    return (case for name in names for case in SOURCES.get(name, _from_folder(name))(n, seed))
+    return names
 
 
 def encode(case: Case, processor: ProcessorMixin) -> dict:
     """Model inputs of one case, by the processor's chat template."""
-    text = processor.apply_chat_template([{"role": "user", "content": case.content()}], add_generation_prompt=True)
-    return dict(processor(images=list(case.images) or None, text=text, return_tensors="pt"))
+    images = [to_rgb(image) for image in case.images]
+    text = processor.apply_chat_template([user_message(case.prompt, images, processor)], add_generation_prompt=True)
+    return dict(processor(images=images or None, text=text, return_tensors="pt"))
 
 
-def _from_hub(name: str, stream: Callable) -> Callable:
-    """Streams cases, and says what to do where that fails."""
+def _from_hub(name: str, repos: Sequence[str], stream: Callable) -> Callable:
+    """Streams cases of the first of the `repos` that gives any, and says what to do where all fail."""
 
     def cases(n: int, seed: int) -> Iterator[Case]:
         try:
             import datasets
         except ImportError as error:
             raise ValueError(f"--data {name} needs the extra: pip install '.[calibrate]' ({error})") from None
-        try:
-            found = list(islice(stream(datasets.load_dataset, n, seed), n))
-        except Exception as error:  # as many kinds as there are ways not to reach a server
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+        reasons = []
+        for repo in repos:
+            try:
+                found = list(islice(stream(datasets.load_dataset, repo, n, seed), n))
+                break
+            except Exception as error:  # as many kinds as there are ways not to reach a server
+                reasons.append(f"{repo}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+        else:
             raise ValueError(
-                f"cannot read {name} from the Hub ({reason}). Pass a folder with pictures and a JSONL file of prompts, "
-                "or --data shapes, instead"
-            ) from None
-        yield from _require(found, n, name)
+                f"cannot read {name} from the Hub ({'; '.join(reasons)}). Pass a folder with pictures and a JSONL file "
+                "of prompts, or --data shapes, instead"
+            )
+        _require(len(found), n, name)
+        yield from found
 
     return cases
 
 
-def _stream_gqa(load_dataset: Callable, n: int, seed: int) -> Iterator[Case]:
+def _stream_gqa(load_dataset: Callable, repo: str, n: int, seed: int) -> Iterator[Case]:
     """Questions and pictures are two configurations: the questions are drawn, then their pictures looked for."""
-    questions = load_dataset(GQA, "testdev_balanced_instructions", split="testdev", streaming=True)
+    questions = load_dataset(repo, "testdev_balanced_instructions", split="testdev", streaming=True)
     chosen = list(questions.shuffle(seed=seed, buffer_size=10_000).take(n))
     pictures, missing = {}, {row["imageId"] for row in chosen}
-    for row in load_dataset(GQA, "testdev_balanced_images", split="testdev", streaming=True):
+    for row in load_dataset(repo, "testdev_balanced_images", split="testdev", streaming=True):
         if row["id"] in missing:
-            pictures[row["id"]] = row["image"].convert("RGB")
+            pictures[row["id"]] = to_rgb(row["image"])
             missing.remove(row["id"])
         if not missing:
             break
@@ -120,10 +142,10 @@ def _stream_gqa(load_dataset: Callable, n: int, seed: int) -> Iterator[Case]:
         yield Case((pictures[row["imageId"]],), GQA_PROMPT.format(row["question"]), row["answer"])
 
 
-def _stream_flickr30k(load_dataset: Callable, n: int, seed: int) -> Iterator[Case]:
-    rows = load_dataset(FLICKR30K, split="test", streaming=True)
+def _stream_flickr30k(load_dataset: Callable, repo: str, n: int, seed: int) -> Iterator[Case]:
+    rows = load_dataset(repo, split="test", streaming=True)
     for row in rows.shuffle(seed=seed, buffer_size=10 * n).take(n):
-        yield Case((row["image"].convert("RGB"),), FLICKR30K_PROMPT)
+        yield Case((to_rgb(row["image"]),), FLICKR30K_PROMPT)
 
 
 def _shapes(n: int, seed: int) -> Iterator[Case]:
@@ -143,32 +165,54 @@ def _from_folder(folder: str) -> Callable:
         files = sorted(Path(folder).glob("*.jsonl"))
         if len(files) != 1:
             raise ValueError(f"{folder} holds {len(files)} .jsonl files; it needs exactly one, with the prompts")
-        lines = [line for line in files[0].read_text(encoding="utf-8").splitlines() if line.strip()]
-        numbers = random.Random(seed).sample(range(len(lines)), min(n, len(lines)))
-        yield from _require([_read_line(files[0], number, lines[number]) for number in numbers], n, folder)
+        # Only \n ends a line of JSONL: strings may hold what else Unicode calls a line's end.
+        lines = files[0].read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+        numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+        _require(len(numbered), n, folder)
+        yield from [_read_line(files[0], *chosen) for chosen in random.Random(seed).sample(numbered, n)]
 
     return cases
 
 
-def _read_line(file: Path, number: int, line: str) -> Case:
+def _read_line(file: Path, number: int, line: bytes) -> Case:
+    """The case in a line of a JSONL file. Raises `ValueError` that names the file and the line, counted from 1."""
     try:
-        row = json.loads(line)
-        names = [row["image"]] if isinstance(row["image"], str) else row["image"]
-        prompt, answer = str(row["prompt"]), row.get("answer")
-        images = tuple(ImageOps.exif_transpose(Image.open(file.parent / name)).convert("RGB") for name in names)
-    except Exception as error:  # as many kinds as there are broken files
-        raise ValueError(f"{file}, line {number + 1}: {type(error).__name__}: {error}") from None
+        return _read_case(file.parent, line)
+    except ValueError as error:
+        raise ValueError(f"{file}, line {number}: {error}") from None
+
+
+def _read_case(folder: Path, line: bytes) -> Case:
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not valid UTF-8 at byte {error.start + 1}") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is no JSON: {error.msg} at character {error.pos + 1}") from None
+    if not isinstance(row, dict):
+        raise ValueError('it is no object such as {"image": "cat.jpg", "prompt": "What is this?"}')
+    for key in ("image", "prompt"):
+        if key not in row:
+            raise ValueError(f'it lacks "{key}"')
+    names = [row["image"]] if isinstance(row["image"], str) else row["image"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'"image" is {json.dumps(row["image"])}, not the name of a file or a list of names')
+    prompt, answer = row["prompt"], row.get("answer")
+    if not isinstance(prompt, str):
+        raise ValueError(f'"prompt" is {json.dumps(prompt)}, not a text')
+    check_utf8(prompt)
+    images = tuple(load_image(folder / name) for name in names)
     return Case(images, prompt, None if answer is None else str(answer))
 
 
-def _require(cases: list[Case], n: int, name: str) -> list[Case]:
-    if len(cases) < n:
-        raise ValueError(f"{name} has only {len(cases)} samples, {n} were asked for")
-    return cases
+def _require(available: int, n: int, name: str):
+    if available < n:
+        advice = f"; --samples {available} (n={available} in Python) takes all" if available else ""
+        raise ValueError(f"{name} has only {available} samples, {n} were asked for{advice}")
 
 
 SOURCES = {
-    "gqa": _from_hub("gqa", _stream_gqa),
-    "flickr30k": _from_hub("flickr30k", _stream_flickr30k),
+    "gqa": _from_hub("gqa", GQA, _stream_gqa),
+    "flickr30k": _from_hub("flickr30k", FLICKR30K, _stream_flickr30k),
     "shapes": _shapes,
 }

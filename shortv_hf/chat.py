@@ -15,12 +15,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoProcessor, DynamicCache, PretrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.generation.streamers import BaseStreamer
-from transformers.image_utils import load_image
 from transformers.utils.hub import cached_file
 
 from .configuration_shortv import ShortVLlavaConfig, ShortVLlavaNextConfig
+from .images import to_rgb
 from .modeling_shortv import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
+from .prompts import user_message
 from .upstream import CACHE
+from .visual_cache import ReducedLayer
 
 
 MODEL_CLASSES = (
@@ -122,20 +124,6 @@ def demo_model() -> str:
     raise ValueError("this installation lacks the demonstration model; name another one with --model")
 
 
-def load_images(names: list[str]) -> list:
-    """RGB images from paths or URLs. Raises `ValueError` that names the one that cannot be read."""
-    images = []
-    for name in names:
-        try:
-            images.append(load_image(str(name)).convert("RGB"))
-        except Exception as error:  # as many kinds as there are broken files and servers
-            missing = "://" not in str(name) and not Path(name).exists()
-            first_line = (str(error).splitlines() or [""])[0][:100]
-            reason = "no such file" if missing else f"{type(error).__name__}: {first_line}"
-            raise ValueError(f"cannot read the image {name}: {reason}") from None
-    return images
-
-
 class _Stream(BaseStreamer):
     """Times the first token and hands new text to `on_text`."""
 
@@ -182,6 +170,27 @@ class Answer:
     visual_tokens: int
 
 
+def _lengths(layer) -> tuple[int, ...]:
+    """Of a cache's layer: tokens seen, keys and values held."""
+    if not layer.is_initialized:
+        return 0, 0, 0
+    return layer.get_seq_length(), layer.keys.shape[-2], layer.values.shape[-2]
+
+
+def _crop(cache: DynamicCache, lengths: list[tuple[int, ...]]) -> bool:
+    """Take off what was added to the layers of a cache since they had these `lengths`. Returns whether that worked."""
+    try:
+        for layer, before in zip(cache.layers, lengths, strict=True):
+            added = layer.get_seq_length() - before[0]
+            if added:
+                layer.crop(-added)
+            if isinstance(layer, ReducedLayer):
+                layer.check_stored()
+    except (ValueError, RuntimeError):
+        return False
+    return [_lengths(layer) for layer in cache.layers] == lengths
+
+
 @dataclass
 class Conversation:
     """A chat that keeps its KV cache: a new turn computes its own tokens only."""
@@ -196,13 +205,35 @@ class Conversation:
 
     @torch.inference_mode()
     def ask(self, prompt: str, images: list = (), on_text: Callable[[str], None] | None = None) -> Answer:
-        """Ask the next question, about `images` too if there are new ones. Greedy decoding.
+        """Ask the next question, about `images` (Pillow's) too if there are new ones. Greedy decoding.
+
+        After an error or an interruption the conversation is as it was before this turn.
 
         Raises:
-            ValueError: for new images in a later turn under a method that looks at the prompt's last token (FastV).
+            ValueError: for new images in a later turn under a method that looks at the prompt's last token (FastV); a picture
+                that has no RGB values (`images.to_rgb`); a prompt that is not valid UTF-8.
         """
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
-        messages = [*self.messages, {"role": "user", "content": content}]
+        before = self._state()
+        try:
+            return self._turn(prompt, [to_rgb(image) for image in images], on_text)
+        except BaseException:
+            self._restore(*before)
+            raise
+
+    def _state(self) -> tuple[dict, list[tuple[int, ...]]]:
+        """What a turn may change: the fields, and the lengths of the cache's layers."""
+        fields = {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
+        return fields, [] if self._cache is None else [_lengths(layer) for layer in self._cache.layers]
+
+    def _restore(self, fields: dict, lengths: list[tuple[int, ...]]):
+        """Back to a state. A cache that cannot be cropped (a window has slid on, tokens were dropped, the turn broke off
+        within a layer) is given up, and with it what is known of its tokens: the next turn computes the whole prompt."""
+        vars(self).update(fields)
+        if self._cache is not None and not _crop(self._cache, lengths):
+            self._ids, self._cache = None, None
+
+    def _turn(self, prompt: str, images: list, on_text: Callable[[str], None] | None) -> Answer:
+        messages = [*self.messages, user_message(prompt, images, self.processor)]
         reduction = self.model.model._active_reduction()
         if images and self.messages and reduction is not None and reduction.looks_at_last_token:
             raise ValueError(
@@ -277,8 +308,8 @@ class Conversation:
 @torch.inference_mode()
 def count_prefill_flops(model: PreTrainedModel, processor: ProcessorMixin, prompt: str, images: list = ()) -> int:
     """FLOPs of the language model's layers in one prefill, counted by `torch.utils.flop_counter`."""
-    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
-    inputs = Conversation(model, processor, _images=images)._encode([{"role": "user", "content": content}])
+    images = [to_rgb(image) for image in images]
+    inputs = Conversation(model, processor, _images=images)._encode([user_message(prompt, images, processor)])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # it cannot see fused CPU attention
         model.model(**inputs, use_cache=False)
     counts = counter.get_flop_counts()

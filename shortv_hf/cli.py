@@ -4,6 +4,7 @@ import os
 import sys
 from dataclasses import asdict
 from functools import partial
+from io import TextIOWrapper
 from json import dumps
 from pathlib import Path
 from typing import Annotated
@@ -54,6 +55,7 @@ def _parse_reduction(reduction: str | None) -> dict:
     return {} if reduction is None else {"visual_reduction": visual_reduction_from_text(reduction)}
 
 
+DATA = ["gqa,flickr30k"]
 REDUCTION_HELP = 'Token reduction, e.g. fastv:k=2,ratio=0.5 or {"method": "vtw", "k": 16}; none turns it off.'
 
 
@@ -67,7 +69,7 @@ def chat(
         ),
     ] = None,
     image: Annotated[
-        list[str] | None, typer.Option(help="Path or URL of a picture; may be given several times.")
+        list[str] | None, typer.Option(help="Path or URL of a picture, composed on white; may be given several times.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="One question; without it, a conversation.")] = None,
     layers: Annotated[str | None, typer.Option(help="Frozen layers, e.g. 31,29,30; default: the config's.")] = None,
@@ -81,6 +83,7 @@ def chat(
 ):
     """Ask a model about pictures: one answer, dense and ShortV compared, or a conversation that keeps its cache."""
     from . import chat as chats
+    from .images import load_images
 
     if dense and (compare or layers is not None or reduction is not None):
         raise ValueError("--dense freezes and drops nothing; it goes with none of --compare, --layers and --reduction")
@@ -88,7 +91,7 @@ def chat(
         raise ValueError("--compare and --json need a --prompt")
     chosen = [] if dense else None if layers is None else _parse_layers(layers)
     fields = {"visual_reduction": None} if dense else _parse_reduction(reduction)
-    images = chats.load_images(image or [])
+    images = load_images(image or [])
     loaded, processor = chats.load(model or chats.demo_model(), chosen, device, dtype, **fields)
     if compare:
         _print_comparison(chats.compare(loaded, processor, prompt, images, max_new_tokens), json)
@@ -104,6 +107,8 @@ def chat(
         else:
             print()
         return
+    if isinstance(sys.stdin, TextIOWrapper):  # bytes that are not UTF-8 are that message's error
+        sys.stdin.reconfigure(errors="surrogateescape")
     Console(stderr=True).print("[dim]Ask about the pictures. An empty line ends the conversation.[/dim]")
     while True:
         try:
@@ -112,9 +117,19 @@ def chat(
             question = ""
         if not question:
             return
-        conversation.ask(question, images, on_text=partial(print, end="", flush=True))
-        images = []
-        print()
+        failure = None
+        try:
+            conversation.ask(question, images, on_text=partial(print, end="", flush=True))
+            images = []
+        except KeyboardInterrupt:
+            failure = "shortv: interrupted"
+        except Exception as error:
+            if os.environ.get("SHORTV_TRACEBACK"):
+                raise
+            failure = _one_line(error)
+        print(flush=True)
+        if failure:  # the conversation is as it was before this message
+            print(failure, file=sys.stderr)
 
 
 def _print_comparison(result: dict, as_json: bool):
@@ -194,8 +209,12 @@ def bench(context: typer.Context):
 def lc(
     model: Annotated[str, typer.Argument(help="Hub id or directory of a LLaVA checkpoint or a ShortV repo.")],
     data: Annotated[
-        str, typer.Option(help="gqa, flickr30k, shapes or folders of pictures with a JSONL file, separated by commas.")
-    ] = "gqa,flickr30k",
+        list[str],
+        typer.Option(
+            help="gqa, flickr30k, shapes or folders of pictures with a JSONL file, separated by commas; may be given "
+            "several times."
+        ),
+    ] = DATA,
     samples: Annotated[int, typer.Option(min=1, help="Samples of each source.")] = 20,
     metric: Annotated[str, typer.Option(help="lc, greedy, cosine or random.")] = "lc",
     kl: Annotated[str, typer.Option(help="forward (the paper) or reverse (the released code).")] = "forward",
@@ -248,7 +267,7 @@ def lc(
 
     loaded, processor = chat.load(model, None, device, dtype)
     inputs = calibration_data.Samples(data, processor, samples, seed)
-    options = {"kl": kl, "seed": seed, "data": f"{data}, {samples} each, seed {seed}"}
+    options = {"kl": kl, "seed": seed, "data": f"{','.join(data)}, {samples} each, seed {seed}"}
     ranking = lcs.rank_layers(loaded, inputs, metric, **options)
     output.mkdir(parents=True, exist_ok=True)
     ranking.save(output / "ranking.json")  # now: what follows can still fail
@@ -314,7 +333,7 @@ def _write_repo(model: str, config, output: Path, overwrite: bool):
 @app.command()
 def visualize(
     model: Annotated[str, typer.Option(help="Hub id or directory of a ShortV repo or a LLaVA checkpoint.")],
-    image: Annotated[str, typer.Option(help="Path or URL of a picture.")],
+    image: Annotated[str, typer.Option(help="Path or URL of a picture, composed on white.")],
     method: Annotated[str, typer.Option(help="Token reduction, e.g. fastv:k=2,ratio=0.5, prumerge or JSON.")],
     output: Annotated[Path, typer.Option(help="PNG file to write, in a folder that exists.")] = Path("patches.png"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
@@ -327,11 +346,12 @@ def visualize(
 
     from . import chat as chats
     from . import outputs
+    from .images import load_image
     from .reduction_pictures import draw_reduction
 
     outputs.check_files(output, overwrite=overwrite)
     fields = _parse_reduction(method)
-    (picture,) = chats.load_images([image])
+    picture = load_image(image)
     loaded, processor = chats.load(model, None, device, dtype, **fields)
 
     def progress(variants):
@@ -346,7 +366,7 @@ def visualize(
 def vtw_k(
     model: Annotated[str, typer.Option(help="Hub id or directory of a ShortV repo or a LLaVA checkpoint.")],
     max_kl: Annotated[float, typer.Option(help="Largest mean KL divergence from the dense model, in nats.")] = 0.003,
-    data: Annotated[str, typer.Option(help="Samples, as for shortv lc.")] = "gqa,flickr30k",
+    data: Annotated[list[str], typer.Option(help="Samples, as for shortv lc.")] = DATA,
     samples: Annotated[int, typer.Option(min=1, help="Samples of each source.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
     kl: Annotated[str, typer.Option(help="reverse: KL(VTW || dense), as released; forward.")] = "reverse",
@@ -474,6 +494,12 @@ def serve(
     run_server(repo, context.args, revision)
 
 
+def _one_line(error: Exception) -> str:
+    kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+    lines = str(error).splitlines() or [type(error).__name__]
+    return f"shortv: {kind}{lines[0]}"
+
+
 def main():
     """Entry point: errors are one line, without a traceback unless SHORTV_TRACEBACK is set."""
     try:
@@ -481,9 +507,7 @@ def main():
     except Exception as error:
         if os.environ.get("SHORTV_TRACEBACK"):
             raise
-        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise SystemExit(f"shortv: {kind}{lines[0]}") from None
+        raise SystemExit(_one_line(error)) from None
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from . import shapes
 from .calibration_data import Case
+from .images import to_rgb
+from .prompts import user_message
 
 
 def held_out_cases(n: int) -> list[Case]:
@@ -22,10 +24,12 @@ def encode_batches(processor: ProcessorMixin, cases: Sequence[Case], batch_size:
     for start in range(0, len(cases), batch_size):
         chunk = cases[start : start + batch_size]
         prompts = [
-            processor.apply_chat_template([{"role": "user", "content": case.content()}], add_generation_prompt=True)
+            processor.apply_chat_template(
+                [user_message(case.prompt, case.images, processor)], add_generation_prompt=True
+            )
             for case in chunk
         ]
-        images = [image for case in chunk for image in case.images]
+        images = [to_rgb(image) for case in chunk for image in case.images]
         yield dict(
             processor(images=images or None, text=prompts, return_tensors="pt", padding=True, padding_side="left")
         )

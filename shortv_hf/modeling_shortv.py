@@ -5,6 +5,7 @@ Token reduction (`config.visual_reduction`): `visual_reduction.py` (the methods)
 decoder), `visual_images.py` (features are cut before it).
 """
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,6 +139,25 @@ _USING: ContextVar[dict[int, dict]] = ContextVar("settings in use", default=Mapp
 _OPEN: list[int] = []
 
 
+def with_signature_of(parents_method):
+    """`inspect.signature` of the method is the parent's: newer `generate` hands on only the arguments that it finds
+    there, and what it does not hand on is lost without a word."""
+
+    def decorate(method):
+        method.__signature__ = inspect.signature(parents_method)
+        return method
+
+    return decorate
+
+
+def check_images(pixel_values: torch.Tensor | None):
+    """Raises `ValueError` if `pixel_values` are of no image at all."""
+    if pixel_values is not None and len(pixel_values) == 0:
+        raise ValueError(
+            f"pixel_values hold no image: their shape is {tuple(pixel_values.shape)}; without images, pass None"
+        )
+
+
 class ShortVSettingsMixin:
     """Modifications: what is frozen can be switched at run time."""
 
@@ -221,11 +241,12 @@ class ShortVModelMixin(ShortVSettingsMixin):
             without images, or with images of different length, is mostly padding.
 
         Raises:
-            ValueError: if image tokens and image features do not match in number, `visual_mask` does not fit, or
-                `visual_reduction` cannot work on such inputs.
+            ValueError: if image tokens and image features do not match in number, `pixel_values` hold no image,
+                `visual_mask` does not fit, or `visual_reduction` cannot work on such inputs.
         """
         layers, visual_reduction = self.settings
         if layers or visual_reduction is not None:
+            check_images(pixel_values)
             features = pixel_values is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None
             visual_mask = self._get_visual_mask(input_ids, inputs_embeds, features, find_cache(kwargs), visual_mask)
             reduction = None if visual_mask is None else self._active_reduction()
@@ -249,19 +270,32 @@ class ShortVModelMixin(ShortVSettingsMixin):
                 set_used_image_features(output, features[~is_dropped(features)])
         return output
 
-    def _active_reduction(self) -> Reduction | None:
-        """The options of the reduction in force, or `None` if it changes nothing: the dense code runs then."""
+    def _active_reduction(self, select_strategy: str | None = None) -> Reduction | None:
+        """The options of the reduction in force, or `None` if it changes nothing: the dense code runs then.
+
+        Raises:
+            ValueError: they are not valid, or not with a call's own `select_strategy`.
+        """
         _, options = self.settings
         if options is None:
             return None
-        sizes = ModelSizes.of(self.config)
+        sizes = ModelSizes.of(self.config, select_strategy)
         reduction = parse_visual_reduction(options, sizes)
         return None if reduction.identity(sizes) else reduction
 
-    def _reduce_image_features(self, get_features, image_sizes=None, return_dict=None):
+    def _reduce_image_features(self, get_features: partial, image_sizes=None, return_dict=None):
         """What `get_features()`, the parent's method, returns; under an [`ImageReduction`] with the features that it
-        leaves out marked (`visual_images.py`). The lists keep their lengths, those of the image tokens in a prompt."""
-        reduction = self._active_reduction()
+        leaves out marked (`visual_images.py`). The lists keep their lengths, those of the image tokens in a prompt.
+
+        Raises:
+            ValueError: there are no images, or the call's `vision_feature_select_strategy` does not go with the method.
+        """
+        pixel_values, *others = get_features.args
+        check_images(pixel_values)
+        strategy = get_features.keywords.get("vision_feature_select_strategy")
+        if strategy is None:  # or given without its name
+            strategy = next((value for value in others if isinstance(value, str)), None)
+        reduction = self._active_reduction(strategy)
         if not isinstance(reduction, ImageReduction):
             return get_features() if return_dict is None else get_features(return_dict=return_dict)
         outputs = []
@@ -397,6 +431,7 @@ class ShortVLlavaModel(ShortVModelMixin, BaseWeightsMixin, LlavaModel):
         listen(self)
         self.post_init()
 
+    @with_signature_of(LlavaModel.get_image_features)
     def get_image_features(self, pixel_values, *args, return_dict=None, **kwargs):
         """As the parent's; a method that cuts image features marks those it leaves out."""
         get_features = partial(super().get_image_features, pixel_values, *args, **without_ours(kwargs))
@@ -433,6 +468,7 @@ class ShortVLlavaNextModel(ShortVModelMixin, BaseWeightsMixin, LlavaNextModel):
         listen(self)
         self.post_init()
 
+    @with_signature_of(LlavaNextModel.get_image_features)
     def get_image_features(self, pixel_values, image_sizes, *args, return_dict=None, **kwargs):
         """As the parent's; a method that cuts image features marks those it leaves out."""
         get_features = partial(super().get_image_features, pixel_values, image_sizes, *args, **without_ours(kwargs))

@@ -12,7 +12,9 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedModel, ProcessorMixin
 
+from .images import to_rgb
 from .plots import wrap_text
+from .prompts import user_message
 from .upstream import find_cache, image_features
 from .visual_images import VisionRecorder, places_of_patches
 from .visual_reduction import (
@@ -246,9 +248,8 @@ def draw_reduction(
 
     FastV: what it keeps at its own layer, and what it would keep at every other; `progress` wraps the iteration.
     """
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = dict(processor(text=text, images=[image], return_tensors="pt").to(model.device))
+    text = processor.apply_chat_template([user_message(prompt, [image], processor)], add_generation_prompt=True)
+    inputs = dict(processor(text=text, images=[to_rgb(image)], return_tensors="pt").to(model.device))
     inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     reduction = parse_visual_reduction(options, ModelSizes.of(model.config))
     if reduction is None:

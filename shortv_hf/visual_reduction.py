@@ -31,8 +31,8 @@ class ModelSizes:
     has_cls_feature: bool  # `vision_feature_select_strategy="full"`: the CLS token goes to the language model too
 
     @classmethod
-    def of(cls, config) -> "ModelSizes":
-        """Sizes of a LLaVA or LLaVA-NeXT config."""
+    def of(cls, config, select_strategy: str | None = None) -> "ModelSizes":
+        """Sizes of a LLaVA or LLaVA-NeXT config; with a call's own `vision_feature_select_strategy`, if it has one."""
         vision = config.vision_config
         return cls(
             decoder_layers=config.text_config.num_hidden_layers,
@@ -40,7 +40,7 @@ class ModelSizes:
             vision_type=vision.model_type,
             patches=(getattr(vision, "image_size", 0) // getattr(vision, "patch_size", 1)) ** 2,
             tiled="next" in config.model_type,
-            has_cls_feature=config.vision_feature_select_strategy == "full",
+            has_cls_feature=(select_strategy or config.vision_feature_select_strategy) == "full",
         )
 
 

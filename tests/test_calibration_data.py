@@ -5,14 +5,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from processor_files import write_processor
 from transformers import AutoProcessor
 
 from shortv_hf import calibration_data
-from shortv_hf.calibration_data import Case, load_cases, load_samples
+from shortv_hf.calibration_data import Case, Samples, load_cases, load_samples
 
 
 pytestmark = pytest.mark.once
@@ -39,34 +41,99 @@ def test_folder(folder):
     assert len({tuple(c.prompt for c in load_cases(str(folder), 3, seed)) for seed in range(8)}) > 3
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 2"),
-        ("[]", "line 2"),
-        ('{"image": "0.png"}', "prompt"),
-        ('{"image": "missing.png", "prompt": ""}', "missing.png"),
-        ('{"image": "prompts.jsonl", "prompt": ""}', "line 2"),
-    ],
-)
-def test_folder_with_faults(folder, line, message):
-    (folder / "prompts.jsonl").write_text('{"image": "0.png", "prompt": "w1"}\n' + line)
-    with pytest.raises(ValueError, match=message):
+FAULTS = {
+    "{": "it is no JSON: Expecting property name",
+    "[]": "it is no object such as",
+    "3": "it is no object such as",
+    '"0.png"': "it is no object such as",
+    '{"image": "0.png"}': 'it lacks "prompt"',
+    '{"prompt": ""}': 'it lacks "image"',
+    '{"image": 3, "prompt": ""}': '"image" is 3, not the name of a file or a list of names',
+    '{"image": null, "prompt": ""}': '"image" is null',
+    '{"image": ["0.png", 1], "prompt": ""}': '"image" is ["0.png", 1]',
+    '{"image": "0.png", "prompt": null}': '"prompt" is null, not a text',
+    '{"image": "0.png", "prompt": "\\ud800"}': "the prompt is not valid UTF-8 at character 1",
+    '{"image": "missing.png", "prompt": ""}': "missing.png: no such file",
+    '{"image": "../missing.png", "prompt": ""}': "../missing.png: no such file",
+    '{"image": "http://127.0.0.1:9/a.png", "prompt": ""}': "a.png: no such file",
+    '{"image": "", "prompt": ""}': "it is a directory",
+    '{"image": "prompts.jsonl", "prompt": ""}': "prompts.jsonl: it is no picture",
+    '{"image": "0.png", "prompt": "\udcff"}': "it is not valid UTF-8 at byte 31",
+}
+
+
+@pytest.mark.parametrize("line", FAULTS, ids=ascii)
+@pytest.mark.parametrize("first", ["", "\ufeff", "\n \n\r\n"], ids=["", "BOM", "blank lines"])
+def test_folder_with_faults(folder, first, line):
+    """The error is one line with the file, the line in the file and what is wrong."""
+    good = '{"image": "0.png", "prompt": "w1\u2028\u0085w2"}\r\n'
+    file = folder / "prompts.jsonl"
+    file.write_bytes((first + good + line).encode(errors="surrogateescape"))
+    with pytest.raises(ValueError) as caught:
         list(load_cases(str(folder), n=2))
+    assert str(caught.value).startswith(f"{file}, line {2 + first.count(chr(10))}: ")
+    assert FAULTS[line] in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_only_line_feeds_end_lines(folder):
+    prompts = [f"w1{end}w2" for end in "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e\r"]
+    lines = [json.dumps({"image": "0.png", "prompt": prompt}, ensure_ascii=False) for prompt in prompts]
+    (folder / "prompts.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    assert sorted(case.prompt for case in load_cases(str(folder), n=len(prompts))) == sorted(prompts)
 
 
 def test_bad_requests(folder):
-    with pytest.raises(ValueError, match="only 7 samples, 8"):
+    with pytest.raises(ValueError, match="only 7 samples, 8 were asked for; --samples 7 .* takes all"):
+        list(load_cases(str(folder), n=8))
+    (folder / "prompts.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="only 0 samples, 8 were asked for$"):
         list(load_cases(str(folder), n=8))
     (folder / "more.jsonl").write_text("")
     with pytest.raises(ValueError, match="2 .jsonl files"):
         list(load_cases(str(folder), n=1))
     with pytest.raises(ValueError, match="unknown data 'vqav2'; use gqa, flickr30k, shapes"):
         load_cases("shapes,vqav2")
-    with pytest.raises(ValueError, match="no data"):
-        load_cases(" , ")
+    for nothing in (" , ", "", [], ["", " ,"]):
+        with pytest.raises(ValueError, match="no data"):
+            load_cases(nothing)
     with pytest.raises(ValueError, match="0 samples"):
         load_cases("shapes", n=0)
+
+
+@pytest.fixture
+def two_folders(folder):
+    """Folders with a comma and without, and what their only prompts are."""
+    for name, prompt in (("red, green", "comma"), ("red", "red"), ("green", "green")):
+        (folder / name).mkdir()
+        Image.new("L", (4, 4)).save(folder / name / "a.png")
+        (folder / name / "a.jsonl").write_text(json.dumps({"image": "a.png", "prompt": prompt}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("red, green", ["comma"]),
+        ("green ,red", ["green", "red"]),
+        (["red, green"], ["comma"]),
+        (("red", "red, green"), ["red", "comma"]),
+        (["green,red", Path("red, green")], ["green", "red", "comma"]),
+        (Path("red, green"), ["comma"]),
+    ],
+    ids=str,
+)
+def test_lists_and_commas(two_folders, monkeypatch, data, expected):
+    monkeypatch.chdir(two_folders)
+    assert [case.prompt for case in load_cases(data, n=1)] == expected
+    processor = AutoProcessor.from_pretrained(write_processor(two_folders / "processor"))
+    assert len(list(load_samples(data, processor, n=1))) == len(Samples(data, processor, n=1)) == len(expected)
+
+
+def test_lists_of_sources_are_checked_before_one_is_read(two_folders, monkeypatch):
+    monkeypatch.chdir(two_folders)
+    for data in (["red", "blue"], "red,blue", ["red, green, blue"]):
+        with pytest.raises(ValueError, match="unknown data 'blue'"):
+            load_cases(data, n=1)
 
 
 def test_shapes():
@@ -108,8 +175,9 @@ def png(shade):
     return {"bytes": file.getvalue(), "path": None}
 
 
-@pytest.fixture
-def benchmarks(tmp_path, monkeypatch):
+@pytest.fixture(params=[0, 1], ids=["new names", "old names"])
+def benchmarks(request, tmp_path, monkeypatch):
+    """The Hub, on which the data sets have only one of their names."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -121,16 +189,21 @@ def benchmarks(tmp_path, monkeypatch):
         "testdev_balanced_images": ("testdev", pictures),
     }
     flickr = {"default": ("test", [{"image": png(10 * n), "caption": ["c"]} for n in range(20)])}
-    monkeypatch.setattr(calibration_data, "GQA", write_dataset(tmp_path / "gqa", gqa))
-    monkeypatch.setattr(calibration_data, "FLICKR30K", write_dataset(tmp_path / "flickr30k", flickr))
+    hub = {
+        ("lmms-lab-encoder/GQA", "lmms-lab/GQA")[request.param]: write_dataset(tmp_path / "gqa", gqa),
+        ("lmms-lab-encoder/flickr30k", "lmms-lab/flickr30k")[request.param]: write_dataset(tmp_path / "f", flickr),
+    }
     # images are stored as {bytes, path}; the Hub's data sets carry the type in their metadata
     load = datasets.load_dataset
 
-    def typed(*args, **kwargs):
-        rows = load(*args, **kwargs)
+    def typed(name, *args, **kwargs):
+        if name not in hub:
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' doesn't exist on the Hub.\nTry another.")
+        rows = load(hub[name], *args, **kwargs)
         return rows.cast_column("image", datasets.Image()) if "image" in rows.features else rows
 
     monkeypatch.setattr(datasets, "load_dataset", typed)
+    return hub
 
 
 def test_gqa_and_flickr30k(benchmarks):
@@ -145,6 +218,31 @@ def test_gqa_and_flickr30k(benchmarks):
     again = list(load_cases("gqa,flickr30k", n=5, seed=3))
     assert [c.prompt for c in again] == [c.prompt for c in cases]
     assert [c.prompt for c in load_cases("gqa", n=5, seed=4)] != [c.prompt for c in cases[:5]]
+
+
+@pytest.mark.parametrize("name", ["gqa", "flickr30k"])
+def test_both_names_are_in_the_error(benchmarks, name):
+    benchmarks.clear()
+    with pytest.raises(ValueError) as caught:
+        list(load_cases(name, n=1))
+    repo = name if name == "flickr30k" else "GQA"
+    for owner in ("lmms-lab-encoder", "lmms-lab"):
+        assert f"{owner}/{repo}: DatasetNotFoundError: Dataset '{owner}/{repo}' doesn't exist" in str(caught.value)
+    assert "\n" not in str(caught.value) and "--data shapes" in str(caught.value)
+
+
+def test_pictures_of_the_hub_are_read_by_the_rules(benchmarks, monkeypatch):
+    """16 bits are scaled, and what has no known values is an error."""
+    import datasets
+
+    wide = Image.fromarray(np.full((2, 2), 0x8080, "<u2"))
+    rows = datasets.IterableDataset.from_generator(lambda: iter([{"image": wide}]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: rows)
+    assert next(load_cases("flickr30k", n=1)).images[0].getpixel((0, 0)) == (128, 128, 128)
+    floats = datasets.IterableDataset.from_generator(lambda: iter([{"image": wide.convert("F")}]))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: floats)
+    with pytest.raises(ValueError, match="cannot read flickr30k.*floating-point numbers"):
+        list(load_cases("flickr30k", n=1))
 
 
 def test_unreachable_hub_says_what_to_do():

@@ -1,6 +1,10 @@
 """Answers, conversations on a kept cache, the comparison, and the command's errors."""
 
+import copy
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,8 +12,10 @@ from helpers import FAMILIES, make_model
 from PIL import Image
 from processor_files import write_processor
 from test_base_weights import write_checkpoint
+from transformers import AutoProcessor
+from transformers.cache_utils import DynamicLayer
 
-from shortv_hf import chat
+from shortv_hf import calibration_data, chat, evaluation, reduction_pictures
 from shortv_hf.flops import flops_ratio
 
 
@@ -116,6 +122,191 @@ def test_original_checkpoint(tmp_path, images):
     assert chat.Conversation(model, processor, max_new_tokens=2).ask("what ?", images[:1]).prompt_tokens > 16
 
 
+# ------------------------------------------------------------------------------------------- turns that go wrong
+
+
+class Interruption(Exception):
+    pass
+
+
+def while_the_answer_is_written(talk):
+    """All layers of the cache hold the prompt and part of the answer."""
+
+    def on_text(_):
+        raise KeyboardInterrupt
+
+    return {"on_text": on_text}
+
+
+def between_layers(talk, calls=2):
+    """Two of the four layers have run: of the prompt with one of the `calls`, of the answer with more."""
+    left = iter(range(1, calls))
+
+    def hook(*_):
+        if next(left, None) is None:
+            raise Interruption
+
+    talk.model.model.language_model.layers[2].register_forward_pre_hook(hook)
+    return {}
+
+
+def between_layers_of_the_prompt(talk):
+    return between_layers(talk, calls=1)
+
+
+def after_the_answer(talk):
+    """Cache and tokens are complete, and only the book-keeping is left."""
+
+    def apply_chat_template(messages, **kwargs):
+        if messages[-1]["role"] == "assistant":
+            raise Interruption
+        return type(talk.processor).apply_chat_template(talk.processor, messages, **kwargs)
+
+    talk.processor.apply_chat_template = apply_chat_template
+    return {}
+
+
+BREAKS = [while_the_answer_is_written, between_layers, between_layers_of_the_prompt, after_the_answer]
+
+
+def known(talk):
+    """All that a conversation holds; of the cache, its content."""
+    layers = [] if talk._cache is None else talk._cache.layers
+    cached = [(layer.keys.clone(), layer.values.clone()) for layer in layers]
+    return copy.deepcopy((talk.messages, talk._images, talk._text, talk._ids, cached))
+
+
+def same(a, b):
+    if torch.is_tensor(a):
+        return torch.equal(a, b)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """Starts conversations with equal models."""
+    folder = tmp_path_factory.mktemp("processors")
+    processors = {family: write_processor(folder / family, family) for family in FAMILIES}
+
+    def start(reduction=None, family="llava", text="llama"):
+        model = make_model(family, text, shortv_layers=[3, 1], visual_reduction=reduction)
+        model.generation_config.suppress_tokens = [0, 1, 2, 3, 98]
+        return chat.Conversation(model, AutoProcessor.from_pretrained(processors[family]), max_new_tokens=5)
+
+    return start
+
+
+REDUCTIONS = {
+    "none": None,
+    "fastv": {"method": "fastv", "k": 2},
+    "vtw": {"method": "vtw", "k": 2},
+    "random": {"method": "random", "token_num": 4},
+}
+
+
+@pytest.mark.parametrize("break_off", BREAKS)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("text", ["llama", "mistral_sliding"])
+@pytest.mark.parametrize("turn", ["first", "later", "later with an image"])
+def test_a_turn_that_breaks_off_leaves_no_trace(start, images, break_off, reduction, text, turn):
+    """The conversation is as before it; the next answer is that of a conversation in which it never was."""
+    if turn == "later with an image" and reduction == "fastv":
+        pytest.skip("refused: test_refused_turns_leave_no_trace")
+    talk, other = (start(REDUCTIONS[reduction], text=text) for _ in range(2))
+    first, more = images[:1], images[1:] if turn == "later with an image" else []
+    if turn != "first":
+        talk.ask("what is this ?", first)
+        other.ask("what is this ?", first)
+        first = []
+    before = known(talk)
+    with pytest.raises((Interruption, KeyboardInterrupt)):
+        talk.ask("w20 w21 w22", first + more, **break_off(talk))
+    talk.model.model.language_model.layers[2]._forward_pre_hooks.clear()
+    vars(talk.processor).pop("apply_chat_template", None)
+
+    given_up = turn != "first" and talk._cache is None  # the next turn computes the whole prompt
+    if given_up:
+        assert text == "mistral_sliding" or (more and reduction != "none")
+        assert same(known(talk)[:2], before[:2])
+    else:
+        assert same(known(talk), before)
+    answer, expected = talk.ask("is this red ?", first), other.ask("is this red ?", first)
+    assert answer.prompt_tokens == expected.prompt_tokens and answer.visual_tokens == expected.visual_tokens
+    if not (given_up and reduction == "fastv"):  # which ranks by the last token of what is computed
+        assert answer.token_ids == expected.token_ids and talk.messages == other.messages
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_refused_turns_leave_no_trace(start, images, family):
+    talk = start(REDUCTIONS["fastv"], family)
+    nothing = known(talk)
+    for refused, message in (
+        (("\udcff ?", images[:1]), "not valid UTF-8 at character 1"),
+        (("what ?", [images[0].convert("F")]), "floating-point numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            talk.ask(*refused)
+        assert same(known(talk), nothing)
+    talk.ask("what is this ?", images[:1])
+    before = known(talk)
+    for refused, message in (
+        (("is this \ud800 ?",), "not valid UTF-8 at character 9"),
+        (("what ?", images[1:]), "a new picture needs a new conversation"),
+        (("what ?", ["photo.png"]), "must be a Pillow image"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            talk.ask(*refused)
+        assert talk._cache is not None and same(known(talk), before)
+
+
+def test_a_pass_that_breaks_off_within_a_cache_layer(start, images, monkeypatch):
+    """Keys are longer than values then, which cropping mends on 4.57 only."""
+    talk, other = start(), start()
+    talk.ask("what is this ?", images[:1])
+    before = known(talk)
+
+    def update(layer, keys, values, *args, **kwargs):
+        layer.keys = torch.cat([layer.keys, keys], dim=-2)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DynamicLayer, "update", update)
+        talk.ask("is this red ?")
+    assert same(known(talk)[:2], before[:2]) if talk._cache is None else same(known(talk), before)
+    other.ask("what is this ?", images[:1])
+    assert talk.ask("is this red ?").token_ids == other.ask("is this red ?").token_ids
+
+
+@pytest.mark.parametrize("prompt", ["is there an <image> here ?", "<image>", "<image><image> </s> <pad><s>"])
+@pytest.mark.parametrize("with_image", [False, True])
+def test_special_tokens_in_a_prompt_are_text(start, images, prompt, with_image):
+    talk = start()
+    for turn in range(2):
+        answer = talk.ask(prompt, images[:1] if with_image and turn == 0 else [])
+        assert answer.visual_tokens == 16 * with_image
+    ids = talk._ids[0].tolist()
+    assert ids.count(98) == 16 * with_image and not {0, 1, 2} & set(ids[1:])
+    assert talk.messages[0]["content"][-1]["text"] == prompt.replace("<", "< ")
+    assert chat.count_prefill_flops(talk.model, talk.processor, prompt, images[:1]) > 0
+
+
+@pytest.mark.parametrize("reader", ["encode", "encode_batches", "draw_reduction"])
+def test_special_tokens_in_the_prompts_of_others(start, images, reader, tmp_path):
+    processor, prompt = start().processor, "is there an <image> here ?"
+    case = calibration_data.Case((images[0],), prompt)
+    if reader == "draw_reduction":
+        model, method = make_model(), {"method": "random", "token_num": 4}
+        reduction_pictures.draw_reduction(model, processor, images[0], prompt, method, tmp_path / "out.png")
+        return
+    encoded = {
+        "encode": lambda: calibration_data.encode(case, processor),
+        "encode_batches": lambda: next(evaluation.encode_batches(processor, [case], 1)),
+    }[reader]()
+    assert int((encoded["input_ids"] == 98).sum()) == 16
+
+
 class TestCommand:
     """`shortv chat` as a user types it."""
 
@@ -155,6 +346,47 @@ class TestCommand:
         code, out = shortv("--model", repo, "--image", picture, "--max-new-tokens", 3)
         assert code == 0 and len([line for line in out.splitlines() if line.strip()]) == 2
 
+    @pytest.mark.parametrize("repo", ["llava"], indirect=True)
+    def test_conversation_goes_on_after_errors(self, repo, picture, tmp_path):
+        """In a process of its own, whose input is bytes and whose interruptions are signals."""
+        lines = [b"what is this ?", b"is there an <image> here ?", b"caf\xe9 ?", b"INTERRUPT", b"is this red ?"]
+        code = (
+            "import signal, sys, torch\n"
+            "from shortv_hf import chat, cli\n"
+            "ask = chat.Conversation._encode\n"
+            "def encode(self, messages, images):\n"
+            "    if 'INTERRUPT' in messages[-1]['content'][-1]['text']:\n"
+            "        signal.raise_signal(signal.SIGINT)\n"
+            "    return ask(self, messages, images)\n"
+            "chat.Conversation._encode = encode\n"
+            f"sys.argv = ['shortv', 'chat', '--model', {str(repo)!r}, '--image', {str(picture)!r}]\n"
+            "sys.argv += ['--max-new-tokens', '3']\n"
+            "cli.main()\n"
+        )
+        environment = {**os.environ, "PYTHONUTF8": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], input=b"\n".join(lines) + b"\n", capture_output=True, env=environment
+        )
+        assert done.returncode == 0, done.stderr
+        errors = [line for line in done.stderr.decode().splitlines() if line.startswith("shortv")]
+        assert errors == ["shortv: the prompt is not valid UTF-8 at character 4", "shortv: interrupted"]
+        assert "Traceback" not in done.stderr.decode()
+        answers = [line for line in done.stdout.decode().replace("> ", "\n").splitlines() if line.strip()]
+        assert len(answers) == 3
+
+    def test_an_image_of_a_turn_that_broke_off_is_asked_about_again(self, shortv, repo, picture, monkeypatch):
+        lines, asked = iter(["what ?", "what ?", "is this red ?", ""]), []
+        monkeypatch.setattr("builtins.input", lambda _: next(lines))
+
+        def ask(self, prompt, images, on_text):
+            asked.append(len(images))
+            if len(asked) == 1:
+                raise RuntimeError("out of memory\nin detail")
+
+        monkeypatch.setattr(chat.Conversation, "ask", ask)
+        code, _ = shortv("--model", repo, "--image", picture)
+        assert code == 0 and asked == [1, 1, 0]
+
     def test_dense(self, shortv, repo):
         code, out = shortv("--model", repo, "--prompt", "what ?", "--dense", "--json", "--max-new-tokens", 2)
         assert code == 0 and json.loads(out.splitlines()[-1])["shortv_layers"] == []
@@ -163,8 +395,13 @@ class TestCommand:
         ("arguments", "message"),
         [
             (["--image", "/no/such/picture.png"], "no such file"),
-            (["--image", "BROKEN"], "cannot read the image"),
-            (["--image", "http://127.0.0.1:9/picture.png"], "cannot read the image"),
+            (["--image", "BROKEN"], "it is no picture that Pillow can read"),
+            (["--image", "http://127.0.0.1:9/picture.png"], "picture.png: Connection refused"),
+            (["--image", "/"], "cannot read the image /: it is a directory"),
+            (["--image", "~/no such picture.png"], "no such file"),
+            (["--image", "file:///no%20such.png"], "no such file"),
+            (["--prompt", "caf\udce9"], "the prompt is not valid UTF-8 at character 4"),
+            (["--prompt", "caf\udce9", "--compare"], "the prompt is not valid UTF-8 at character 4"),
             (["--layers", "7"], "0 to 3"),
             (["--layers", "x"], "separated by commas"),
             (["--dtype", "float12"], "float12"),

@@ -1,6 +1,7 @@
 """The `shortv` command."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -209,13 +210,29 @@ def test_lc_of_a_repo_with_its_own_weights(base, tmp_path):
         (("--kl", "both"), "unknown kl"),
         (("--metric", "norm"), "unknown metric"),
         (("--data", "vqav2"), "unknown data"),
+        (("--samples", 20), "has only 3 samples, 20 were asked for; --samples 3 (n=3 in Python) takes all"),
     ],
 )
 def test_lc_refuses(base, tmp_path, arguments, message):
     base, data = base
-    result = invoke("lc", base, "--data", data, "--samples", 1, "--output", tmp_path / "out", *arguments)
+    arguments = ("--samples", 1, *arguments) if "--data" in arguments else ("--data", data, "--samples", 1, *arguments)
+    result = invoke("lc", base, "--output", tmp_path / "out", *arguments)
     assert result.exit_code == 1 and message in str(result.exception)
     assert not (tmp_path / "out").exists()
+
+
+def test_data_is_given_several_times(base, tmp_path, monkeypatch):
+    """A folder whose name holds a comma is one source; without such a folder, a comma separates two."""
+    base, data = base
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(data, "a,b")
+    options = ("--data", "a,b", "--data", f"{data},shapes")
+    result = invoke("lc", base, *options, "--samples", 2, "--metric", "cosine", "--no-text", "--output", "out")
+    assert result.exit_code == 0, result.output
+    found = LayerRanking.load(tmp_path / "out" / "ranking.json").data
+    assert found["samples"] == 6 and found["name"] == f"a,b,{data},shapes, 2 each, seed 0"
+    result = invoke("vtw-k", "--model", base, *options, "--samples", 1)
+    assert result.exit_code == 0, result.output
 
 
 def test_lc_keeps_the_ranking_when_the_budget_is_out_of_reach(base, tmp_path):

@@ -295,6 +295,26 @@ def test_one_vision_tower_call_per_generate(family, options):
     assert len(calls) == 1
 
 
+@FAMILY
+@pytest.mark.parametrize(
+    "arguments", [{"vision_feature_layer": 1}, {"vision_feature_select_strategy": "full"}], ids=str
+)
+def test_arguments_of_the_vision_tower_reach_it(family, arguments):
+    """5.24 hands `get_image_features` those that it finds in its signature, and drops the others."""
+    if family == "llava_next" and "vision_feature_select_strategy" in arguments:
+        pytest.skip("upstream cannot pack tiles with a CLS token")
+    model = make_model(family)
+    inputs = make_inputs(model, ["ttItt"])
+    if "vision_feature_select_strategy" in arguments:
+        inputs["input_ids"] = torch.tensor([[5] + [IMAGE_TOKEN] * 17 + [6]])
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    options = {"return_dict_in_generate": True, "output_logits": True, "n": 1}
+    found = greedy(model, inputs, **options, **arguments).logits[0]
+    torch.testing.assert_close(found, greedy(make_stock(model), inputs, **options, **arguments).logits[0], **TOLERANCE)
+    if "vision_feature_layer" in arguments:
+        assert not torch.allclose(found, greedy(model, inputs, **options).logits[0], **TOLERANCE)
+
+
 def test_padding_is_skipped_in_generate_only():
     """A row without an image beside one with: its padding is most of it."""
     model = make_model(shortv_layers=[1])

@@ -707,6 +707,46 @@ class TestOptions:
         with pytest.raises(ValueError, match="'full', the valid value is 'default'"):
             make_config(vision_feature_select_strategy="full", visual_reduction={"method": "prumerge"})
 
+    @pytest.mark.parametrize("options", [*SELECTING, *MERGING, {"method": "random", "token_num": 16}], ids=name)
+    def test_full_features_of_one_call(self, options):
+        """The error is the config's, wherever the call says it; other methods take the CLS token's feature."""
+        with pytest.raises(ValueError) as config_error:
+            make_config(vision_feature_select_strategy="full", visual_reduction=options)
+        model = reduced_model(options, [1])
+        pixels = make_images(model.config, 1)["pixel_values"]
+        ids = torch.tensor([[5] + [IMAGE_TOKEN] * 17 + [6]])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+        full = {"vision_feature_select_strategy": "full"}
+        for call in (
+            lambda: model(**inputs, **full),
+            lambda: model.model(**inputs, **full),
+            lambda: model.generate(**inputs, **full, max_new_tokens=1),
+            lambda: model.get_image_features(pixels, **full),
+            lambda: model.get_image_features(pixels, -2, "full"),
+        ):
+            with pytest.raises(ValueError) as error, torch.no_grad():
+                call()
+            assert str(error.value) == str(config_error.value)
+        for other in (None, DECODER[0], DECODER[3]):
+            model.set_visual_reduction(other)
+            with torch.no_grad():
+                assert model(**inputs, **full).logits.isfinite().all()
+                assert model.generate(**inputs, **full, max_new_tokens=1).shape == (1, 20)
+
+    @pytest.mark.parametrize("layers", [[], [1]], ids=str)
+    @pytest.mark.parametrize(
+        ("family", "options"), [("llava", each) for each in [None, *ALL]] + [("llava_next", each) for each in NEXT]
+    )
+    def test_no_image(self, family, options, layers):
+        """Neither where the prompt has a place for one nor in a text; that is what `None` is for."""
+        model = reduced_model(options, layers, family)
+        inputs = {key: value[:0] for key, value in make_images(model.config, 1).items()}
+        for text in ([[5, 6, 7]], [[5, IMAGE_TOKEN, 7]]):
+            with pytest.raises(ValueError, match=r"pixel_values hold no image: their shape is \(0, 3, .*16, 16\)"):
+                model(input_ids=torch.tensor(text), **inputs)
+        with pytest.raises(ValueError, match="pixel_values hold no image"):
+            model.get_image_features(**inputs)
+
     def test_assigned_past_the_setter(self):
         model = make_model()
         model.config.visual_reduction = {"method": "fastv", "k": 9}
