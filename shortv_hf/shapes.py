@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
+from .images import to_rgb
+
 
 HELD_OUT_SEED = 1_000_000_000
 COLORS = {
@@ -145,7 +147,7 @@ def plain_share(picture: Image.Image) -> float:
     """Share of a picture's area in plain colours, between 0 and 1: of the 8 x 8 blocks of the picture at 256 x 256, those
     in which no channel varies by more than 24. Photographs with any texture fall below `LEAST_PLAIN_SHARE`; a picture
     above it need not be one of shapes."""
-    picture = picture.convert("RGB").resize((256, 256), Image.Resampling.BILINEAR)
+    picture = to_rgb(picture).resize((256, 256), Image.Resampling.BILINEAR)
     plain = 0
     for top in range(0, 256, 8):
         for left in range(0, 256, 8):

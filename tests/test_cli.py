@@ -172,11 +172,16 @@ def test_lc_chart(base, tmp_path, monkeypatch, metric, log):
     """Its title says what was measured; KL divergences get a logarithmic axis, where they span decades."""
     base, data = base
     charts = []
-    monkeypatch.setattr("shortv_hf.plots.plot_layer_scores", lambda *args: charts.append(args))
+
+    def draw(*arguments):
+        charts.append(arguments)
+        arguments[2].touch()
+
+    monkeypatch.setattr("shortv_hf.plots.plot_layer_scores", draw)
     arguments = ("--data", data, "--samples", 2, "--metric", metric, "--output", tmp_path / "out")
     assert invoke("lc", base, *arguments).exit_code == 0
     ((scores, label, file, logarithmic, title),) = charts
-    assert logarithmic == log and file == tmp_path / "out" / "layer_scores.png"
+    assert logarithmic == log and file.suffix == ".png" and (tmp_path / "out" / "layer_scores.png").is_file()
     assert set(scores) == {"visual tokens", "text tokens"} - (
         {"text tokens"} if metric in ("greedy", "random") else set()
     )
