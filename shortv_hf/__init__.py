@@ -3,8 +3,16 @@
 Importing the package registers the classes with the Auto classes, so that ShortV repos load without remote code.
 """
 
-import transformers
-from transformers import (
+import os
+import signal
+import sys
+
+
+if os.path.basename(sys.argv[0]) in ("shortv", "shortv.exe"):  # Ctrl-C while the imports below run: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import transformers  # noqa: E402
+from transformers import (  # noqa: E402
     AutoConfig,
     AutoModel,
     AutoModelForImageTextToText,

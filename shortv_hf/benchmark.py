@@ -283,7 +283,7 @@ def parse_arguments(arguments: list[str], program: str) -> argparse.Namespace:
         help="compile graphs for prompts of any length; without it there is one per prompt, on cuda with CUDA graphs",
     )
     add("--repeats", type=_not_negative, default=5, help="timed rounds (default 5); 0: FLOPs and memory only")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default cpu)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default auto: the GPU, or the CPU if there is none)")
     add("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     add(
         "--peak-tflops", type=float, help="of the device in this dtype, for the roofline; default: data sheet or probe"
@@ -306,6 +306,8 @@ def main(arguments: list[str] | None = None, program: str = "shortv bench"):
         outputs.check_files(*written, overwrite=arguments.overwrite)
     if arguments.loading and arguments.repeats == 0:
         raise ValueError("--loading takes times; --repeats 0 takes none")
+    if arguments.device == "auto":
+        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(arguments.device)
     if device.type not in COMPILED:
         raise ValueError(f"--device is {arguments.device}; this benchmark knows cpu and cuda")

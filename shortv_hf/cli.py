@@ -1,19 +1,22 @@
 """The `shortv` command. Needs the `cli` extra."""
 
 import os
+import signal
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from io import TextIOWrapper
 from json import dumps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 
 try:
     import typer
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 except ImportError as error:
     raise SystemExit(f"the shortv command needs the extra: pip install '.[cli]' in its checkout ({error})") from error
 
@@ -55,31 +58,72 @@ def _parse_reduction(reduction: str | None) -> dict:
     return {} if reduction is None else {"visual_reduction": visual_reduction_from_text(reduction)}
 
 
-DATA = ["gqa,flickr30k"]
-REDUCTION_HELP = 'Token reduction, e.g. fastv:k=2,ratio=0.5 or {"method": "vtw", "k": 16}; none turns it off.'
+Reduction = Annotated[
+    str | None,
+    typer.Option(
+        help='Token reduction, e.g. fastv:k=2,ratio=0.5 or {"method": "vtw", "k": 16}; none turns it off.',
+        show_default="that of the model's config",
+    ),
+]
+
+
+# What several commands take, in one form everywhere. The model is the first argument; `--model NAME` is the same.
+MODEL_HELP = "Hub id or directory of a ShortV repo or a LLaVA checkpoint"
+ModelOption = Annotated[str | None, typer.Option("--model", help="The same as MODEL.", hidden=True)]
+DefaultModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help=f"{MODEL_HELP}. Default: the demonstration model, which answers questions about coloured shapes.",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is the GPU, all of them if there are several, else the CPU.")
+]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: the checkpoint's.")]
+Layers = Annotated[
+    str | None, typer.Option(help="Frozen layers, e.g. 31,29,30.", show_default="those of the model's config")
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="gqa, flickr30k, shapes or folders of pictures with a JSONL file, separated by commas; may be given several "
+        "times.",
+        show_default="gqa,flickr30k; for the demonstration model, shapes",
+    ),
+]
+Metric = Literal["lc", "greedy", "cosine", "random"]
+Direction = Literal["forward", "reverse"]
+
+
+def _choose_model(model: str | None, option: str | None) -> str:
+    """The model that an argument or `--model` names; the demonstration model if neither does."""
+    from .chat import demo_model
+
+    if model is not None and option is not None and model != option:
+        raise ValueError(f"two models are named: {model} and, by --model, {option}")
+    return model or option or demo_model()
 
 
 @app.command()
 def chat(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="Hub id or directory of a ShortV repo or a LLaVA checkpoint; default: a small model that "
-            "answers questions about coloured shapes."
-        ),
-    ] = None,
+    model: DefaultModel = None,
     image: Annotated[
         list[str] | None, typer.Option(help="Path or URL of a picture, composed on white; may be given several times.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="One question; without it, a conversation.")] = None,
-    layers: Annotated[str | None, typer.Option(help="Frozen layers, e.g. 31,29,30; default: the config's.")] = None,
-    reduction: Annotated[str | None, typer.Option(help=REDUCTION_HELP)] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="One question.", show_default="a conversation, with line editing and history")
+    ] = None,
+    layers: Layers = None,
+    reduction: Reduction = None,
     dense: Annotated[bool, typer.Option("--dense", help="Freeze and drop nothing.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Ask the dense model and ShortV.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    model_option: ModelOption = None,
 ):
     """Ask a model about pictures: one answer, dense and ShortV compared, or a conversation that keeps its cache."""
     from . import chat as chats
@@ -92,7 +136,10 @@ def chat(
     chosen = [] if dense else None if layers is None else _parse_layers(layers)
     fields = {"visual_reduction": None} if dense else _parse_reduction(reduction)
     images = load_images(image or [])
-    loaded, processor = chats.load(model or chats.demo_model(), chosen, device, dtype, **fields)
+    model = _choose_model(model, model_option)
+    loaded, processor = chats.load(model, chosen, device, dtype, **fields)
+    if model == chats.demo_model():
+        _say_what_the_demonstration_model_knows(images)
     if compare:
         _print_comparison(chats.compare(loaded, processor, prompt, images, max_new_tokens), json)
         return
@@ -107,6 +154,8 @@ def chat(
         else:
             print()
         return
+    with suppress(ImportError):  # Windows has none
+        import readline  # noqa: F401  gives `input` line editing and history
     if isinstance(sys.stdin, TextIOWrapper):  # bytes that are not UTF-8 are that message's error
         sys.stdin.reconfigure(errors="surrogateescape")
     Console(stderr=True).print("[dim]Ask about the pictures. An empty line ends the conversation.[/dim]")
@@ -132,6 +181,29 @@ def chat(
             print(failure, file=sys.stderr)
 
 
+def _choose_data(data: list[str] | None, model: str) -> list[str]:
+    from .chat import demo_model
+
+    return data or (["shapes"] if model == demo_model() else ["gqa", "flickr30k"])
+
+
+def _say_what_the_demonstration_model_knows(images: list):
+    from . import shapes
+
+    console = Console(stderr=True, highlight=False)
+    console.print(
+        f"[dim]The demonstration model knows {len(shapes.COLORS)} colours ({', '.join(shapes.COLORS)}) and "
+        f"{len(shapes.SHAPES)} shapes ({', '.join(shapes.SHAPES)}), and nothing else.[/dim]"
+    )
+    for image in images:
+        share = shapes.plain_share(image)
+        if share < shapes.LEAST_PLAIN_SHARE:
+            console.print(
+                f"[yellow]This picture is not of that kind: {share:.0%} of its area is in plain colours, of those that the "
+                f"model was trained on at least {shapes.LEAST_PLAIN_SHARE:.0%}. Its answer will mean nothing.[/yellow]"
+            )
+
+
 def _print_comparison(result: dict, as_json: bool):
     if as_json:
         print(dumps(result))
@@ -145,39 +217,53 @@ def _print_comparison(result: dict, as_json: bool):
     for name, label in (("dense", "dense"), ("shortv", ours)):
         row = result[name]
         time, flops = f"{1000 * row['time_to_first_token_s']:.1f} ms", f"{row['prefill_flops'] / 1e9:.3f}"
-        table.add_row(label, row["answer"], time, flops, str(len(row["shortv_layers"])))
+        table.add_row(label, Text(row["answer"]), time, flops, str(len(row["shortv_layers"])))  # never markup
     console = Console()
     console.print(table)
-    time = result["dense"]["time_to_first_token_s"] / result["shortv"]["time_to_first_token_s"]
+    low, high = result["speed_up_quartiles"]
+    spread = f"quartiles {low:.2f}x to {high:.2f}x of {result['rounds']} rounds"
+    time = f"{result['speed_up']:.2f}x to the first token ({spread})"
+    if not result["settled"]:
+        time = f"times scatter too much to compare ({spread}; the model is small or the machine is busy)"
     flops = result["shortv"]["prefill_flops"] / result["dense"]["prefill_flops"]
     agree = "the answers agree" if result["answers_agree"] else "the answers differ"
-    console.print(f"{ours}: {time:.2f}x to the first token, {flops:.1%} of the prefill's FLOPs; {agree}")
+    console.print(f"{ours}: {flops:.1%} of the prefill's FLOPs; {agree}; {time}")
 
 
 @app.command()
 def flops(
-    model: Annotated[str, typer.Argument(help="Hub id or directory of a ShortV repo or a LLaVA checkpoint.")],
-    layers: Annotated[str | None, typer.Option(help="Frozen layers, e.g. 31,29,30; default: the config's.")] = None,
-    reduction: Annotated[str | None, typer.Option(help=REDUCTION_HELP)] = None,
+    model: DefaultModel = None,
+    layers: Layers = None,
+    reduction: Reduction = None,
     kept: Annotated[
-        int | None, typer.Option(help="Visual tokens left by PruMerge, which depend on the image.")
+        int | None,
+        typer.Option(
+            help="Visual tokens that PruMerge leaves, which depend on the image.", show_default="what the options say"
+        ),
     ] = None,
     text_tokens: Annotated[int, typer.Option("--text-tokens", "-t", help="Text tokens t.")] = 64,
     visual_tokens: Annotated[
-        int | None, typer.Option("--visual-tokens", "-v", help="Visual tokens v; default 576, LLaVA-NeXT 2880.")
+        int | None,
+        typer.Option(
+            "--visual-tokens",
+            "-v",
+            help="Visual tokens v.",
+            show_default="those of one image, e.g. 576; of LLaVA-NeXT an overview and 2 x 2 tiles, e.g. 2880",
+        ),
     ] = None,
+    model_option: ModelOption = None,
 ):
     """FLOPs of the language model's prefill, dense and with ShortV (Eq. 3-5 of the paper) and token reduction."""
-    from .flops import flops_ratio, prefill_flops
+    from .flops import flops_ratio, prefill_flops, visual_tokens_of
 
-    config = _load_config(model)
+    config = _load_config(_choose_model(model, model_option))
     if layers is not None:
         config.shortv_layers = _parse_layers(layers)
     if reduction is not None:
         config.visual_reduction = _parse_reduction(reduction)["visual_reduction"]
     config.validate_shortv()
     if visual_tokens is None:
-        visual_tokens = 2880 if config.base_model_type == "llava_next" else 576
+        visual_tokens = visual_tokens_of(config)
     n = len(config.shortv_layers)
     table = Table(title=f"Prefill, t = {text_tokens}, v = {visual_tokens}")
     unit, scale = (
@@ -207,17 +293,11 @@ def bench(context: typer.Context):
 
 @app.command()
 def lc(
-    model: Annotated[str, typer.Argument(help="Hub id or directory of a LLaVA checkpoint or a ShortV repo.")],
-    data: Annotated[
-        list[str],
-        typer.Option(
-            help="gqa, flickr30k, shapes or folders of pictures with a JSONL file, separated by commas; may be given "
-            "several times."
-        ),
-    ] = DATA,
+    model: DefaultModel = None,
+    data: Data = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples of each source.")] = 20,
-    metric: Annotated[str, typer.Option(help="lc, greedy, cosine or random.")] = "lc",
-    kl: Annotated[str, typer.Option(help="forward (the paper) or reverse (the released code).")] = "forward",
+    metric: Annotated[Metric, typer.Option(help="How layers are ranked.")] = "lc",
+    kl: Annotated[Direction, typer.Option(help="forward: the paper; reverse: the released code.")] = "forward",
     seed: Annotated[int, typer.Option(help="Of the choice of samples and of a random ranking.")] = 0,
     num_layers: Annotated[int | None, typer.Option(help="Freeze this number of layers.")] = None,
     flops_ratio: Annotated[float | None, typer.Option(help="Freeze as few as reach this share of FLOPs.")] = None,
@@ -236,14 +316,17 @@ def lc(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what --output and --save-model hold already.")
     ] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto (several devices).")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    model_option: ModelOption = None,
 ):
     """Rank the decoder layers of a model on data, choose which to freeze, and write a repo that freezes them."""
     from . import calibration_data, chat, hub, outputs, plots
     from . import layer_contribution as lcs
     from .flops import flops_ratio as ratio_of_flops
 
+    model = _choose_model(model, model_option)
+    data = _choose_data(data, model)
     budgets = {"--num-layers": num_layers, "--flops-ratio": flops_ratio, "--max-kl": max_kl}
     given = [name for name, value in budgets.items() if value is not None]
     if len(given) > 1:
@@ -291,6 +374,9 @@ def lc(
             t, v = ranking.text_tokens, ranking.visual_tokens
             share = ratio_of_flops(t, v, config, N=n)
             print(f"{share:.1%} of the prefill's FLOPs at the samples' t = {t:.0f} text and v = {v:.0f} visual tokens")
+    elif metric != "random":
+        sets = [ranking.layers(number) for number in range(len(ranking.order) + 1)]
+        _print_budgets(model, ranking, config, lcs.joint_kl_curve(loaded, inputs, sets, kl), output)
     if save_model is not None:
         config.shortv_layers = ranking.layers(n)  # the rest, dtype above all, stays the checkpoint's
         _write_repo(model, config, save_model, overwrite)
@@ -316,6 +402,32 @@ def _print_ranking(ranking, scores: dict[str, list[float]], n: int | None):
     Console().print(table)
 
 
+def _print_budgets(model: str, ranking, config, curve: list[float], output: Path):
+    """What freezing the first N layers of a ranking costs and saves, and the N that usual budgets give."""
+    from .flops import flops_ratio
+
+    t, v = ranking.text_tokens, ranking.visual_tokens
+    shares = [flops_ratio(t, v, config, N=number) for number in range(len(curve))]
+    table = Table(title=f"freezing the first N layers (t = {t:.0f}, v = {v:.0f})")
+    for column in ("N", "prefill FLOPs", "joint KL (nats)"):
+        table.add_column(column, justify="right")
+    for number, (share, cost) in enumerate(zip(shares, curve, strict=True)):
+        table.add_row(str(number), f"{share:.1%}", f"{cost:.3g}")
+    Console().print(table)
+    chosen = {}
+    for budget in (0.001, 0.01, 0.1):
+        chosen[f"--max-kl {budget:g}"] = max(n for n, cost in enumerate(curve) if n == 0 or cost <= budget)
+    for budget in (0.75, 0.55, 0.45):
+        if shares[-1] <= budget:
+            chosen[f"--flops-ratio {budget:g}"] = next(n for n, share in enumerate(shares) if share <= budget)
+    for budget, number in chosen.items():
+        print(f"{budget}: N = {number} ({shares[number]:.1%} of FLOPs, KL {curve[number]:.3g})")
+    build = f"build-repo {model} --ranking {output / 'ranking.json'} --num-layers N --output REPO"
+    if config.base_model_name_or_path is None:  # there is nothing to reference
+        build = f"lc {model} --num-layers N --save-model REPO, with the same data"
+    print(f"to freeze N layers: shortv {build}")
+
+
 def _write_repo(model: str, config, output: Path, overwrite: bool):
     """A repo with this config for the checkpoint in a directory or on the Hub: it references the checkpoint or, of a
     ShortV repo with weights of its own, copies them."""
@@ -332,14 +444,20 @@ def _write_repo(model: str, config, output: Path, overwrite: bool):
 
 @app.command()
 def visualize(
-    model: Annotated[str, typer.Option(help="Hub id or directory of a ShortV repo or a LLaVA checkpoint.")],
-    image: Annotated[str, typer.Option(help="Path or URL of a picture, composed on white.")],
-    method: Annotated[str, typer.Option(help="Token reduction, e.g. fastv:k=2,ratio=0.5, prumerge or JSON.")],
+    model: DefaultModel = None,
+    image: Annotated[
+        str | None,
+        typer.Option(help="Path or URL of a picture, composed on white.", show_default="the demonstration model's"),
+    ] = None,
+    method: Annotated[
+        str, typer.Option(help="Token reduction, e.g. fastv:k=2,ratio=0.5, prumerge or JSON.")
+    ] = "fastv:k=2,ratio=0.5",
     output: Annotated[Path, typer.Option(help="PNG file to write, in a folder that exists.")] = Path("patches.png"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it is there.")] = False,
     prompt: Annotated[str, typer.Option(help="The question; FastV's choice depends on it.")] = "Describe the image.",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    model_option: ModelOption = None,
 ):
     """Draw which patches of a picture a method keeps, drops or merges; for FastV, at every layer."""
     from rich.progress import track
@@ -349,6 +467,9 @@ def visualize(
     from .images import load_image
     from .reduction_pictures import draw_reduction
 
+    model = _choose_model(model, model_option)
+    if image is None:
+        image = str(Path(chats.demo_model()) / "example.png")
     outputs.check_files(output, overwrite=overwrite)
     fields = _parse_reduction(method)
     picture = load_image(image)
@@ -364,20 +485,25 @@ def visualize(
 
 @app.command()
 def vtw_k(
-    model: Annotated[str, typer.Option(help="Hub id or directory of a ShortV repo or a LLaVA checkpoint.")],
+    model: DefaultModel = None,
     max_kl: Annotated[float, typer.Option(help="Largest mean KL divergence from the dense model, in nats.")] = 0.003,
-    data: Annotated[list[str], typer.Option(help="Samples, as for shortv lc.")] = DATA,
+    data: Data = None,
     samples: Annotated[int, typer.Option(min=1, help="Samples of each source.")] = 20,
     seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
-    kl: Annotated[str, typer.Option(help="reverse: KL(VTW || dense), as released; forward.")] = "reverse",
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    kl: Annotated[
+        Direction, typer.Option(help="reverse: KL(VTW || dense), as released; forward: KL(dense || VTW).")
+    ] = "reverse",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    model_option: ModelOption = None,
 ):
     """Find the layer at which Visual Tokens Withdrawal may begin: the first with a divergence of at most --max-kl."""
     from . import calibration_data
     from . import chat as chats
     from .vtw_calibration import first_layer_below, withdrawal_divergences
 
+    model = _choose_model(model, model_option)
+    data = _choose_data(data, model)
     loaded, processor = chats.load(model, None, device, dtype)
     n_layers = loaded.config.text_config.num_hidden_layers
     first_layer_below({}, max_kl, n_layers)  # refuses a bad limit before the passes
@@ -403,7 +529,7 @@ def build_repo(
         str | None,
         typer.Option("--base-revision", "--revision", help="Commit or branch of the original checkpoint."),
     ] = None,
-    reduction: Annotated[str | None, typer.Option(help=REDUCTION_HELP)] = None,
+    reduction: Reduction = None,
     processor_dir: Annotated[Path | None, typer.Option(help="Local directory with the processor files.")] = None,
     include_weights: Annotated[
         bool, typer.Option("--include-weights", help="Copy the weights too, instead of referencing them.")
@@ -449,12 +575,13 @@ def build_repo(
 def check_repo(
     repo: Annotated[str, typer.Argument(help="Directory or Hub id of a ShortV repo.")],
     revision: Annotated[str | None, typer.Option(help="Commit or branch of the repo.")] = None,
-    device: Annotated[str, typer.Option(help="Where to try it: cpu, cuda, ... or auto.")] = "cpu",
+    device: Device = "auto",
 ):
     """Check files, pinned commit and code of a ShortV repo, and try it in a process without this package."""
+    from .chat import place
     from .check_repo import check_repo as check
 
-    checks = check(repo, revision, device)
+    checks = check(repo, revision, place(device))
     print("\n".join(map(str, checks)))
     failed = [each.name for each in checks if each.problem]
     print(f"{repo}: {'not to be trusted as it is: ' + ', '.join(failed) if failed else 'in order'}")
@@ -501,13 +628,24 @@ def _one_line(error: Exception) -> str:
 
 
 def main():
-    """Entry point: errors are one line, without a traceback unless SHORTV_TRACEBACK is set."""
+    """Entry point: errors, those of the command line too, are one line, without a traceback unless SHORTV_TRACEBACK is
+    set."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # see the package's `__init__`
     try:
-        app()
+        code = app(standalone_mode=False)
     except Exception as error:
         if os.environ.get("SHORTV_TRACEBACK"):
             raise
+        name = type(error).__name__  # of click's classes, which newer versions of typer keep for themselves
+        if name == "NoArgsIsHelpError":
+            error.show()
+            raise SystemExit(2) from None
+        if hasattr(error, "format_message"):
+            raise SystemExit(f"shortv: {' '.join(error.format_message().split())}") from None
         raise SystemExit(_one_line(error)) from None
+    if code == 130:  # typer's for Ctrl-C
+        print("shortv: interrupted", file=sys.stderr)
+    raise SystemExit(code or 0)
 
 
 if __name__ == "__main__":

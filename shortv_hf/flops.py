@@ -67,6 +67,13 @@ def layer_flops(t: int, v: int, config=None, *, frozen: bool = False, h: int | N
     return query_and_output + key_and_value + attention + ffn
 
 
+def visual_tokens_of(config) -> int:
+    """Visual tokens of one picture: the vision tower's patches; of LLaVA-NeXT those of an overview and 2 x 2 tiles, as
+    in the paper's tables (newline tokens not counted)."""
+    tiles = 5 if getattr(config, "image_grid_pinpoints", None) else 1
+    return tiles * (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+
+
 def kept_visual_tokens(v: int, visual_reduction: dict | None, config=None, *, kept: int | None = None) -> int:
     """How many of `v` visual tokens a method leaves.
 

@@ -8,7 +8,7 @@ import re
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PretrainedConfig
 
-from .flops import flops_ratio, prefill_flops
+from .flops import flops_ratio, prefill_flops, visual_tokens_of
 from .upstream import TESTED
 
 
@@ -258,8 +258,7 @@ To run none of it, install the package: after `import shortv_hf` the same lines 
 
 def _results(config: PretrainedConfig, base: str | None, of_the_paper: bool, measured: list[dict]) -> list[str]:
     n = len(config.shortv_layers)
-    patches = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
-    v = 5 * patches if config.base_model_type == "llava_next" else patches  # NeXT: an overview and 2 x 2 tiles
+    v = visual_tokens_of(config)
     dense, sparse = prefill_flops(64, v, config, N=0), prefill_flops(64, v, config, N=n)
     unit, scale = ("TFLOPs", 1e12) if dense > 1e11 else ("GFLOPs", 1e9)
     parts = []

@@ -1,17 +1,23 @@
 """The `shortv` command."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import make_model
+from helpers import FAMILIES, make_model
 from PIL import Image
 from processor_files import write_processor
 from test_base_weights import write_checkpoint
 from transformers import AutoModelForImageTextToText
 
+from shortv_hf.chat import Conversation, compare, demo_model, load, place
+from shortv_hf.hub import build_repo
 from shortv_hf.layer_contribution import LayerRanking, choose_by_flops
 
 
@@ -37,6 +43,99 @@ def test_flops_of_other_layers():
     assert result.exit_code == 0 and "2 of 32" in result.output
     result = invoke("flops", HUB_CONFIGS / "shortv-llava-v1.6-vicuna-7b-hf")
     assert "42.675" in result.output and "21.560" in result.output  # v = 2880 by default
+
+
+def test_flops_takes_v_from_the_model():
+    result = invoke("flops")  # of the demonstration model
+    assert result.exit_code == 0 and "t = 64, v = 64" in result.output and "8 of 12" in result.output
+    result = invoke("flops", "--reduction", "prumerge")
+    assert "say how many are kept (--kept)" in str(result.exception)
+    assert invoke("flops", "--reduction", "prumerge", "--kept", 9).exit_code == 0
+
+
+TAKE_A_MODEL = ["chat", "flops", "lc", "visualize", "vtw-k"]
+
+
+@pytest.mark.parametrize("command", TAKE_A_MODEL)
+def test_the_model_is_the_first_argument_everywhere(command):
+    for arguments in (["/no/such/model"], ["--model", "/no/such/model"]):
+        result = invoke(command, *arguments)
+        assert isinstance(result.exception, (ValueError, OSError)) and "/no/such/model" in str(result.exception)
+    result = invoke(command, "one", "--model", "another")
+    assert str(result.exception) == "two models are named: one and, by --model, another"
+
+
+def test_help_shows_choices_and_defaults(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")  # no word is broken
+    for command in TAKE_A_MODEL:
+        text = " ".join(invoke(command, "--help").output.replace("│", " ").split())
+        assert "MODEL" in text and "demonstration model" in text
+        if command != "flops":
+            assert "default: auto" in text
+    text = invoke("lc", "--help").output
+    assert all(name in text for name in ("greedy", "cosine", "random", "reverse", "bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "No such command 'nothing'."),
+        (["chat", "--dtype", "float12"], "Invalid value for '--dtype'"),
+        (["lc", "--metric", "norm"], "Invalid value for '--metric'"),
+        (["lc", "--kl", "both"], "Invalid value for '--kl'"),
+        (["chat", "--colour", "red"], "No such option: --colour"),
+        (["chat", "--max-new-tokens", "0"], "Invalid value for '--max-new-tokens'"),
+        (["publish", "somewhere"], "Missing option '--repo-id'"),
+    ],
+    ids=str,
+)
+def test_mistakes_on_the_command_line_are_one_line(monkeypatch, arguments, message):
+    monkeypatch.setattr("sys.argv", ["shortv", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code.startswith(f"shortv: {message}") and "\n" not in stop.value.code
+
+
+def test_interruption_is_one_line(monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shortv_hf.chat.demo_model", interrupted)
+    monkeypatch.setattr("sys.argv", ["shortv", "flops"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130 and capsys.readouterr().err.strip() == "shortv: interrupted"
+
+
+def test_interruption_while_the_command_starts(tmp_path):
+    """The imports take seconds; who stops there sees no traceback."""
+    script = tmp_path / "shortv"
+    script.write_text("import os, signal\nos.kill(0, 0)\nimport shortv_hf\nsignal.raise_signal(signal.SIGINT)\n")
+    environment = {**os.environ, "PYTHONPATH": str(HUB_CONFIGS.parent)}
+    ended = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert ended.returncode == -signal.SIGINT and "Traceback" not in ended.stderr
+
+
+def test_answers_are_never_markup(capsys):
+    one = {"answer": "[/INST] [a] [b]c[/b]", "time_to_first_token_s": 0.01, "prefill_flops": 10**9}
+    one |= {"shortv_layers": [], "visual_reduction": None}
+    timing = {"speed_up": 1.5, "speed_up_quartiles": [1.45, 1.55], "rounds": 5, "settled": True}
+    cli._print_comparison(
+        {"dense": one, "shortv": one, "answers_agree": True, "prompt_tokens": 9, "visual_tokens": 4, **timing}, False
+    )
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert printed.count("[/INST]") == printed.count("[a]") == printed.count("[b]c[/b]") == 2
+    assert "1.50x to the first token (quartiles 1.45x to 1.55x of 5 rounds)" in printed
+
+
+def test_the_demonstration_model_says_what_it_knows(tmp_path):
+    noise = Image.effect_noise((80, 80), 90)
+    noise.save(tmp_path / "noise.png")
+    example = HUB_CONFIGS / "shortv-shapes-demo" / "example.png"
+    for picture, warned in ((example, False), (tmp_path / "noise.png", True)):
+        result = invoke("chat", "--image", picture, "--prompt", "What is this?", "--max-new-tokens", 2)
+        assert result.exit_code == 0 and result.stderr.count("The demonstration model knows 6 colours") == 1
+        assert ("is not of that kind: 0% of its area" in " ".join(result.stderr.split())) == warned
 
 
 def test_build_repo(tmp_path):
@@ -212,8 +311,6 @@ def test_lc_of_a_repo_with_its_own_weights(base, tmp_path):
         (("--num-layers", 5), "cannot freeze 5 layers"),
         (("--flops-ratio", 1.5), "flops_ratio is 1.5"),
         (("--max-kl", -1), "max_kl is -1"),
-        (("--kl", "both"), "unknown kl"),
-        (("--metric", "norm"), "unknown metric"),
         (("--data", "vqav2"), "unknown data"),
         (("--samples", 20), "has only 3 samples, 20 were asked for; --samples 3 (n=3 in Python) takes all"),
     ],
@@ -261,3 +358,58 @@ def test_lc_measures_in_one_dtype_and_saves_the_checkpoints(tmp_path):
     config = json.loads((tmp_path / "repo" / "config.json").read_text())
     assert config["dtype"] == "float16" and config["visual_reduction"] == {"method": "prumerge"}
     assert len(config["shortv_layers"]) == 2
+
+
+def test_lc_without_a_budget_shows_what_budgets_give(base, tmp_path):
+    base, data = base
+    result = invoke("lc", base, "--data", data, "--samples", 2, "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    lines = [line.split("│") for line in result.output.splitlines() if line.startswith("│")]
+    curve = [[cell.strip() for cell in line[1:-1]] for line in lines[-5:]]
+    assert [row[0] for row in curve] == list("01234") and curve[0][1:] == ["100.0%", "0"]
+    ranking = LayerRanking.load(tmp_path / "out" / "ranking.json")
+    n = choose_by_flops(ranking, make_model().config, 0.75)
+    assert f"--flops-ratio 0.75: N = {n} (" in result.output
+    assert f"build-repo {base} --ranking" in " ".join(result.output.split())
+
+
+def test_chat_takes_the_processor_of_the_base(tmp_path):
+    """A repo that holds no processor files, as those of `hub_configs` do not."""
+    base = write_processor(write_checkpoint(tmp_path / "base", make_model()))
+    config = FAMILIES["llava"][0].from_pretrained(base, shortv_layers=[1])
+    repo = build_repo(config, tmp_path / "repo")
+    assert not (repo / "tokenizer.json").exists()
+    model, processor = load(str(repo))
+    assert processor.tokenizer.name_or_path == str(base) and model.config.shortv_layers == [1]
+    shutil.rmtree(base)
+    with pytest.raises(ValueError, match="no processor can be loaded from .*repo or its base .*base"):
+        load(str(repo))
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(0, "cpu"), (1, "cuda"), (4, "auto")])
+def test_device_auto(monkeypatch, gpus, expected):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert place("auto") == expected
+
+
+def test_comparison_stops_when_its_times_settle(monkeypatch):
+    model, processor = load(demo_model())
+    times = iter([])
+
+    class Answer:
+        text, token_ids, prompt_tokens, visual_tokens = "two", [5], 70, 64
+
+        @property
+        def time_to_first_token(self):
+            return next(times)
+
+    monkeypatch.setattr(Conversation, "ask", lambda *_: Answer())
+    times = iter([0.3, 0.2] * 40)  # dense, ShortV, in turn
+    result = compare(model, processor, "how many ?", [], 3)
+    assert result["settled"] and result["rounds"] == 5 and result["speed_up"] == pytest.approx(1.5)
+    times = iter([0.3, 0.2, 0.3, 0.6] * 40)
+    result = compare(model, processor, "how many ?", [], 3)
+    assert not result["settled"] and result["rounds"] == 40
+    assert result["speed_up_quartiles"] == pytest.approx([0.5, 1.5])

@@ -481,7 +481,7 @@ def test_a_report_is_kept_when_the_chart_fails(tiny_bench, folder, monkeypatch):
         (lcs, "joint_kl_curve", {"ranking.json", "layer_scores.png"}),
         (hub, "build_repo", {"ranking.json", "layer_scores.png"}),
     ],
-    ids=str,
+    ids=["plot", "curve", "repo"],
 )
 def test_a_ranking_is_kept_when_a_later_step_fails(base, folder, monkeypatch, module, name, kept):
     monkeypatch.setattr(module, name, fail)
