@@ -13,6 +13,7 @@
     The commit of the base checkpoint.
 """
 
+import json
 import os
 from collections.abc import Iterable
 from numbers import Integral
@@ -141,6 +142,16 @@ class ShortVConfigMixin:
         """As the parent's. Raises `ValueError` rather than write bad fields."""
         self.validate_shortv()
         super().save_pretrained(*args, **kwargs)
+
+    def to_json_file(self, json_file_path, *args, **kwargs):
+        """As the parent's; without the `auto_map` where the code that it names is not beside the file."""
+        super().to_json_file(json_file_path, *args, **kwargs)
+        if not os.path.isfile(os.path.join(os.path.dirname(json_file_path), "modeling_shortv.py")):
+            with open(json_file_path, encoding="utf-8") as file:
+                content = json.load(file)
+            content.pop("auto_map", None)
+            with open(json_file_path, "w", encoding="utf-8") as file:
+                file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
     def to_dict(self):
         """The parent's dict, with the `auto_map` by which the Auto classes of both Transformers lines find the code."""

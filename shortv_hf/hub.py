@@ -173,10 +173,10 @@ def build_repo(
     output_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir, prefix=".shortv-") as staged:
         staged = Path(staged)
-        config.save_pretrained(staged)
         for file in files:
             if file.name in names:
                 shutil.copyfile(file, staged / file.name)
+        config.save_pretrained(staged)  # last: it names code that is there only
         if config.tokenizer_is_the_file and (staged / "tokenizer.json").is_file():
             _declare_tokenizer(staged / "tokenizer_config.json")
         (staged / "README.md").write_text(str(card), encoding="utf-8")

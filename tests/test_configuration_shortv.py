@@ -37,14 +37,22 @@ def test_round_trip(family, tmp_path):
 
 @FAMILY
 def test_auto_map_names_every_auto_class_of_both_lines(family, tmp_path):
-    config = make_config(family)
-    config.save_pretrained(tmp_path)
+    make_model(family).save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+    assert all((tmp_path / f"{value.split('.')[0]}.py").is_file() for value in saved.values())
     name = FAMILIES[family][1].__name__
     model_classes = ("AutoModelForImageTextToText", "AutoModelForMultimodalLM", "AutoModelForVision2Seq")
     assert {saved[key] for key in model_classes} == {f"modeling_shortv.{name}"}
     assert saved["AutoConfig"] == f"configuration_shortv.{FAMILIES[family][0].__name__}"
     assert saved["AutoModel"] == f"modeling_shortv.{name.replace('ForConditionalGeneration', 'Model')}"
+
+
+@FAMILY
+def test_a_config_alone_names_no_code_that_is_not_there(family, tmp_path):
+    config = make_config(family, shortv_layers=[2])
+    config.save_pretrained(tmp_path)
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    assert AutoConfig.from_pretrained(tmp_path).shortv_layers == [2]
 
 
 @FAMILY
