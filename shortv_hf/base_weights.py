@@ -11,7 +11,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .configuration_shortv import SHORTV_FIELDS, local_path_or_id
-from .upstream import ON_4
+from .upstream import has_inner_vision_model
 
 
 # Key layout of the `llava-hf` checkpoints → module names. Custom classes get no conversion in Transformers 5.x.
@@ -22,9 +22,9 @@ KEY_MAPPING = {
     r"^multi_modal_projector": "model.multi_modal_projector",
     r"^image_newline": "model.image_newline",
 }
-# Transformers 5.x saves these vision towers without the level that 4.x has, and reads both.
+# Newer Transformers 5.x save these vision towers without a level that older ones have, and read both.
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
-KEY_MAPPING_4 = {
+INNER_VISION_MODEL = {
     r"^model.vision_tower.(?!vision_model)": "model.vision_tower.vision_model.",
     r"^vision_tower.(?!vision_model)": "model.vision_tower.vision_model.",
 }
@@ -126,9 +126,15 @@ class BaseWeightsMixin:
         if not wants_info:
             _require_complete(info, location)
         if adapter is not None:
+            if hub_kwargs.get("token") is not None:
+                adapter_kwargs.setdefault("token", hub_kwargs["token"])
             model.load_adapter(adapter, adapter_name=adapter_name, adapter_kwargs=adapter_kwargs)
         if own_key_mapping and hasattr(model, "_weight_conversions"):
             del model._weight_conversions  # 5.x would save under the caller's names, which no reload knows
+        elif hasattr(model, "_weight_conversions"):  # and 5.0 to 5.5 without the level that they read with and without
+            model._weight_conversions = [
+                each for each in model._weight_conversions if not set(each.source_patterns) & INNER_VISION_MODEL.keys()
+            ]
         if location != path:
             model.name_or_path = model.config.name_or_path = str(path)
             own_file = cached_file(
@@ -166,8 +172,9 @@ class BaseWeightsMixin:
     def _key_mapping(cls, config, key_mapping: dict[str, str] | None) -> dict[str, str]:
         """Renames from the known layouts to the module names, behind those of the caller."""
         known = dict(KEY_MAPPING)
-        if ON_4 and config.vision_config.model_type in VISION_MODEL_TYPES:
-            known = {**KEY_MAPPING_4, **known}
+        vision_type = config.vision_config.model_type
+        if vision_type in VISION_MODEL_TYPES and has_inner_vision_model(vision_type):
+            known = {**INNER_VISION_MODEL, **known}
         if not cls.can_generate():  # the model without a head, whose modules are one level higher
             known = {
                 old: new if old.startswith("^model") else new.removeprefix("model.") for old, new in known.items()

@@ -202,6 +202,7 @@ class Conversation:
     _images: list = field(default_factory=list)
     _ids: torch.Tensor | None = None  # of the conversation so far, its last answer included; `[1, n]`
     _cache: DynamicCache | None = None
+    _was_cut: bool = False  # whether this turn took tokens off the cache that it began with
 
     @torch.inference_mode()
     def ask(self, prompt: str, images: list = (), on_text: Callable[[str], None] | None = None) -> Answer:
@@ -227,9 +228,11 @@ class Conversation:
 
     def _restore(self, fields: dict, lengths: list[tuple[int, ...]]):
         """Back to a state. A cache that cannot be cropped (a window has slid on, tokens were dropped, the turn broke off
-        within a layer) is given up, and with it what is known of its tokens: the next turn computes the whole prompt."""
+        within a layer), or of which this turn had cut tokens off, is given up, and with it what is known of its tokens:
+        the next turn computes the whole prompt."""
+        was_cut = self._was_cut
         vars(self).update(fields)
-        if self._cache is not None and not _crop(self._cache, lengths):
+        if self._cache is not None and (was_cut or not _crop(self._cache, lengths)):
             self._ids, self._cache = None, None
 
     def _turn(self, prompt: str, images: list, on_text: Callable[[str], None] | None) -> Answer:
@@ -239,6 +242,7 @@ class Conversation:
             raise ValueError(
                 f"{reduction.method} chooses tokens at the end of a prompt; a new picture needs a new conversation"
             )
+        self._was_cut = False
         n_known, self._images = len(self._images), [*self._images, *images]
         inputs = self._encode(messages)
         stream = _Stream(self.processor, on_text)
@@ -297,6 +301,7 @@ class Conversation:
             if not (self._ids[0, common:] == image).any():
                 try:
                     if common < self._cache.get_seq_length():  # a template can rewrite, a text be cut otherwise
+                        self._was_cut = True
                         self._cache.crop(common - self._cache.get_seq_length())
                     return common
                 except (RuntimeError, ValueError):  # a sliding window or a reduction has dropped what would be needed

@@ -64,7 +64,7 @@ class ShortVAttentionMixin:
         # do not agree on how `is_causal` aligns the two. Eager is the one that returns attention weights.
         attend = self._attend_eager if self.config._attn_implementation == "eager" else self._attend_sdpa
         given_mask = argument(kwargs, "attention_mask")
-        mask = freeze_plan.text_mask(self, given_mask, key, cache is not None, kwargs.get("position_ids"))
+        mask = freeze_plan.text_mask(self, given_mask, key, cache is not None, argument(kwargs, "position_ids"))
         output, weights = attend(query, key, value, mask, freeze_plan)
         return self.o_proj(output.reshape(*output.shape[:2], -1)), weights
 

@@ -81,6 +81,9 @@ def check_output_dir(
     """
     output_dir = Path(output_dir)
     outputs.check_folder(output_dir, overwrite, own=bool(kept or outputs.read_record(output_dir)))
+    folders = [name for name in sorted(names) if (output_dir / name).is_dir()]
+    if folders:
+        raise ValueError(f"{output_dir} holds folders where files are to be written: {', '.join(folders)}")
     own = outputs.unchanged_files(output_dir)
     there = {file.name for file in output_dir.iterdir()} if output_dir.is_dir() else set()
     weights = {name for name in there if MODEL_WEIGHTS.fullmatch(name)} - own - set(kept)
@@ -126,7 +129,8 @@ def build_repo(
 
     Args:
         config: a `ShortVLlavaConfig` or `ShortVLlavaNextConfig`.
-        output_dir: the repo's directory: new, empty, an earlier repo of this function, or `processor_dir` itself. What
+        output_dir: the repo's directory: new, empty, an earlier repo of this function, or `processor_dir` itself, whose files
+            are then left as they are. What
             it wrote there before is replaced, or removed if the repo no longer needs it; other files stay.
         processor_dir: a local directory with the files of the base checkpoint's processor.
         weights_dir: a local directory with the base checkpoint's safetensors, to be copied as they are; the config then

@@ -53,6 +53,7 @@ from .upstream import (
     check_upstream,
     find_cache,
     image_features,
+    require_text_arguments,
     set_used_image_features,
     used_image_features,
     with_image_features,
@@ -90,7 +91,9 @@ class ShortVTextModelMixin:
             kwargs["reduction"] = reduction
         if plan is None and reduction is None:
             return super().forward(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        before = cached_lengths(cache, range(len(self.layers)))
+        # While training with checkpointing, upstream's layers leave the cache alone, and say so.
+        checked = () if self.training and self.gradient_checkpointing else range(len(self.layers))
+        before = cached_lengths(cache, checked)
         output = super().forward(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
         check_cached(cache, output, before, reduction.length if plan is None else plan.chunk_length)
         return output if reduction is None else reduction.restore(output)
@@ -124,6 +127,7 @@ def build_text_model(text_config) -> nn.Module:
             f"text_config.model_type is {text_config.model_type!r}; ShortV supports {', '.join(sorted(TEXT_MODELS))}"
         )
     model_class = TEXT_MODELS[text_config.model_type]
+    require_text_arguments(model_class)
     check_upstream(model_class, text_config, FreezePlan.of_text)
     return model_class._from_config(text_config)
 
@@ -133,10 +137,17 @@ def without_ours(kwargs: dict) -> dict:
     return {name: value for name, value in kwargs.items() if name not in ("freeze_plan", "visual_tokens")}
 
 
-# By the id of a config: what `using` has put in force, in this thread or asyncio task. Compiled graphs cannot read a
-# context variable, and need not while no block is open anywhere: `_OPEN` has an entry for each.
-_USING: ContextVar[dict[int, dict]] = ContextVar("settings in use", default=MappingProxyType({}))
-_OPEN: list[int] = []
+class _Block(dict):
+    """The settings of one `using` block, by the names of the config's fields. Blocks are told apart by identity."""
+
+    __eq__, __hash__ = object.__eq__, object.__hash__
+
+
+# By the id of a config: the innermost block that is open in this thread or asyncio task. Compiled graphs cannot read a
+# context variable, and need not while no block is open anywhere: `_OPEN` holds those that are. What a task has inherited
+# from a block that has ended since does not count.
+_USING: ContextVar[dict[int, _Block]] = ContextVar("settings in use", default=MappingProxyType({}))
+_OPEN: list[_Block] = []
 
 
 def with_signature_of(parents_method):
@@ -164,9 +175,13 @@ class ShortVSettingsMixin:
     @property
     def settings(self) -> tuple[list[int], dict | None]:
         """The frozen layers and the reduction in force here: the config's, unless inside [`using`]."""
-        used = _USING.get().get(id(self.config), {}) if _OPEN else {}
+        used = self._block() if _OPEN else {}
         layers = used.get("shortv_layers", self.config.shortv_layers)
         return layers, used.get("visual_reduction", self.config.visual_reduction)
+
+    def _block(self) -> dict:
+        block = _USING.get().get(id(self.config))
+        return block if block in _OPEN else {}
 
     @contextmanager
     def using(
@@ -174,23 +189,23 @@ class ShortVSettingsMixin:
     ) -> Iterator["ShortVSettingsMixin"]:
         """Inside, the model freezes these layers and reduces by this method; what is not given stays. The config is not
         touched, and other threads that use the model are not either: a thread that is started inside must enter
-        `using` itself.
+        `using` itself. (A graph of a whole forward, `torch.compile(model)`, is made anew while a block is open.)
 
         Raises:
             ValueError: as [`set_shortv_layers`] and [`set_visual_reduction`].
         """
-        used = dict(_USING.get().get(id(self.config), {}))
+        used = _Block(self._block())
         if shortv_layers is not ...:
             n_layers = self.config.text_config.num_hidden_layers
             used["shortv_layers"] = validate_shortv_layers(shortv_layers, n_layers)
         if visual_reduction is not ...:
             used["visual_reduction"] = validate_visual_reduction(visual_reduction, self.config)
         token = _USING.set({**_USING.get(), id(self.config): used})
-        _OPEN.append(id(self.config))
+        _OPEN.append(used)
         try:
             yield self
         finally:
-            _OPEN.remove(id(self.config))
+            _OPEN.remove(used)
             _USING.reset(token)
 
     def set_shortv_layers(self, shortv_layers: list[int]):
@@ -263,12 +278,14 @@ class ShortVModelMixin(ShortVSettingsMixin):
                 padding_mask = kwargs.get("attention_mask") if skip_padding else None
                 plan = self._build_plan(layers, visual_mask, padding_mask, pixel_values, kwargs)
                 kwargs = kwargs if plan is None else {**kwargs, "freeze_plan": plan}
+        if "visual_tokens" not in kwargs:
+            return super().forward(input_ids, pixel_values, *args, inputs_embeds=inputs_embeds, **kwargs)
+        as_tuple = kwargs.pop("return_dict", None) is False
         output = super().forward(input_ids, pixel_values, *args, inputs_embeds=inputs_embeds, **kwargs)
-        if "visual_tokens" in kwargs:
-            features = used_image_features(output)
-            if features is not None:
-                set_used_image_features(output, features[~is_dropped(features)])
-        return output
+        features = used_image_features(output)
+        if features is not None:
+            set_used_image_features(output, features[~is_dropped(features)])
+        return output.to_tuple() if as_tuple else output
 
     def _active_reduction(self, select_strategy: str | None = None) -> Reduction | None:
         """The options of the reduction in force, or `None` if it changes nothing: the dense code runs then.

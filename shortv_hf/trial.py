@@ -26,6 +26,12 @@ TEXTS = (
 )
 
 
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt",
+)  # fmt: skip
+
+
 def check_decoding(model, inputs: dict, steps: int = 8) -> str:
     """Greedy tokens on a cache, and the same sequence without one: the logits must be equal up to rounding, and every
     layer of the cache must have seen the sequence.
@@ -39,7 +45,7 @@ def check_decoding(model, inputs: dict, steps: int = 8) -> str:
     import torch
     from transformers import Cache
 
-    options = {"max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "num_beams": 1}
+    options = {"use_cache": True, "max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "num_beams": 1}
     options["suppress_tokens"] = [model.config.image_token_id]  # which no model takes back
     with torch.inference_mode():
         output = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
@@ -117,7 +123,7 @@ def main(repo: str, commit: str, device: str):
             if base is None:
                 base, base_options = folder, {}
                 (Path(folder) / "config.json").write_text(json.dumps({"model_type": config.base_model_type}))
-                for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model"):
+                for name in TOKENIZER_FILES:
                     file = cached_file(repo, name, _raise_exceptions_for_missing_entries=False, **hub)
                     if file is not None:
                         shutil.copy(file, folder)
@@ -127,6 +133,10 @@ def main(repo: str, commit: str, device: str):
             ):
                 return f"{base} holds no tokenizer to compare with"
             expected = AutoTokenizer.from_pretrained(base, **base_options)
+        for name in ("padding_side", "all_special_tokens"):
+            ours, theirs = getattr(tokenizer, name), getattr(expected, name)
+            if sorted(ours) != sorted(theirs):
+                raise ValueError(f"the repo's tokenizer has {name} {ours!r}, its base's {theirs!r}")
         for text in TEXTS:
             if tokenizer(text)["input_ids"] != expected(text)["input_ids"]:
                 raise ValueError(

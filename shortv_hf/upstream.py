@@ -11,9 +11,11 @@ import copy
 import inspect
 import re
 import threading
+from functools import cache
 
 import torch
 import transformers
+from transformers import AutoConfig, AutoModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.auto import tokenization_auto
 from transformers.models.llama.modeling_llama import LlamaModel
@@ -49,11 +51,21 @@ def inherit_tables(model_type: str, base_model_type: str):
     (Other tables by model type, for image, video and whole processors, are asked only where files name no class, and
     answer with an error.)"""
     ignored = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", None)
-    if ignored is not None and base_model_type in ignored:
+    names = tokenization_auto.TOKENIZER_MAPPING_NAMES
+    if isinstance(ignored, set) and base_model_type in ignored and base_model_type in names:
         ignored.add(model_type)
-        tokenization_auto.TOKENIZER_MAPPING_NAMES.setdefault(
-            model_type, tokenization_auto.TOKENIZER_MAPPING_NAMES[base_model_type]
-        )
+        names.setdefault(model_type, names[base_model_type])
+
+
+# Modules
+
+
+@cache
+def has_inner_vision_model(model_type: str) -> bool:
+    """Whether a vision tower of this type keeps its parts in a `vision_model`, as CLIP and SigLIP do before 5.6 or so."""
+    with torch.device("meta"):
+        tower = AutoModel.from_config(AutoConfig.for_model(model_type, num_hidden_layers=1))
+    return hasattr(tower, "vision_model")
 
 
 # Arguments
@@ -64,6 +76,20 @@ def argument(kwargs: dict, name: str):
     if name not in kwargs:
         raise not_right(f"its decoder layers get no `{name}`, only {', '.join(sorted(kwargs))}")
     return kwargs[name]
+
+
+TEXT_ARGUMENTS = ("attention_mask", "inputs_embeds", "position_ids")
+
+
+def require_text_arguments(model_class):
+    """Raises `ValueError` if a text model does not take the arguments that are read and replaced on their way to it: under
+    another name, a replacement would be ignored."""
+    upstream = next(
+        c for c in model_class.__mro__ if c.__module__.startswith("transformers.") and "forward" in vars(c)
+    )
+    for name in TEXT_ARGUMENTS:
+        if name not in inspect.signature(upstream.forward).parameters:
+            raise not_right(f"its {upstream.__name__} takes no `{name}`")
 
 
 def cache_name(kwargs: dict) -> str:

@@ -170,7 +170,8 @@ class TokenReduction:
             keys = tuple(part.to(hidden_states.device) for part in (cached.slots, cached.places))
         self._layer_keys[layer] = keys
         kwargs = dict(kwargs)
-        argument(kwargs, "attention_mask")  # it must be the one that is replaced
+        for name in ("attention_mask", "position_ids"):
+            argument(kwargs, name)  # it must be the one that is replaced
         kwargs["attention_mask"] = self._mask(attention, reduced, queries, keys, cached)
         kwargs["position_ids"] = None  # with gaps, FlashAttention would take them for packed sequences
         if reduced:

@@ -49,7 +49,8 @@ class Finder(importlib.abc.MetaPathFinder):
         return spec
 
 
-def outcome(untested: bool) -> str:
+def outcome(untested: bool) -> dict:
+    """What the user gets, and the logits under reduction methods, to be compared with those of unedited modules."""
     from shortv_hf import upstream
 
     if untested:
@@ -58,9 +59,12 @@ def outcome(untested: bool) -> str:
     from transformers import DynamicCache
 
     layers, reductions = [1, 3], [None, {"method": "fastv", "k": 2}, {"method": "random", "token_num": 6}]
-    worst = 0.0
+    worst, reduced = 0.0, []
     for reduction in reductions:
         model = make_model(shortv_layers=layers, visual_reduction=reduction)
+        if reduction is not None:
+            with torch.no_grad():
+                reduced.append(model(**make_inputs(model, ["ttItt", "tIttttIt"])).logits[:, -1].tolist())
         inputs = make_inputs(model, ["ttItt"])
         with torch.no_grad():
             cache = DynamicCache(config=model.config)
@@ -72,10 +76,10 @@ def outcome(untested: bool) -> str:
                 longer["attention_mask"] = torch.ones_like(longer["input_ids"])
                 expected = reference_forward(make_stock(model), layers, longer, use_cache=False).logits[:, -1]
                 worst = max(worst, float((logits - expected).abs().max()))
-    return f"off by {worst:.0e}" if worst > 1e-4 else "right"
+    return {"text": f"off by {worst:.0e}" if worst > 1e-4 else "right", "reduced": reduced}
 
 
-def run(edits) -> dict[str, str]:
+def run(edits) -> dict[str, dict]:
     """[`outcome`] in a fork, in which nothing of what is edited has been imported."""
     read, write = os.pipe()
     if os.fork() == 0:
@@ -85,7 +89,7 @@ def run(edits) -> dict[str, str]:
             try:
                 found[mode] = outcome(mode == "untested")
             except BaseException as error:
-                found[mode] = f"{type(error).__name__}: {error}"
+                found[mode] = {"text": f"{type(error).__name__}: {error}"}
         os.write(write, json.dumps(found).encode())
         os._exit(0)
     os.close(write)
@@ -96,4 +100,12 @@ def run(edits) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    print(json.dumps({name: run(edits) for name, edits in json.loads(sys.argv[1]).items()}))
+    outcomes = {name: run(edits) for name, edits in json.loads(sys.argv[1]).items()}
+    for modes in outcomes.values():
+        for mode, found in modes.items():
+            if "reduced" in found:
+                off = torch.tensor(found["reduced"]) - torch.tensor(outcomes["none"][mode]["reduced"])
+                found["text"] = f"off by {off.abs().max():.0e}" if off.abs().max() > 1e-4 else found["text"]
+    print(
+        json.dumps({name: {mode: found["text"] for mode, found in modes.items()} for name, modes in outcomes.items()})
+    )

@@ -74,6 +74,7 @@ def test_one_file_knows_the_versions_names():
 LLAMA, LLAVA, CACHES = "models.llama.modeling_llama", "models.llava.modeling_llava", "cache_utils"
 LAYERS = r"\nclass LlamaAttention.*?\nclass LlamaPreTrainedModel"
 CALL = r" decoder_layer\(.*?\n            \)"
+TEXT_MODEL = r"(?<=\nclass LlamaModel\().*?\nclass "
 UPDATE = r"\nclass Cache:.*?    def update\(.*?return keys, values"
 IGNORED_UPDATE = "def update(self, key_states, value_states, *args, **kwargs): return key_states, value_states\n\n    "
 
@@ -87,6 +88,12 @@ EDITS = {
     "the cache's argument has another name": renamed(CACHE),
     "the rotary tables' argument has another name": renamed("position_embeddings"),
     "the mask's argument has another name": renamed("attention_mask"),
+    "the positions' argument has another name": [
+        [LLAMA, LAYERS, r"\bposition_ids\b", "renamed"],
+        [LLAMA, CALL, r"\bposition_ids=", "renamed="],
+        [LLAMA, TEXT_MODEL, r"(?s)( +)position_ids(: [^\n]*,\n.*?\n +)(if \(input_ids)", r"\1places\2position_ids = places\n        \3"],
+        [LLAVA, r"self\.language_model\(.*?\n        \)", r"position_ids=", "places="],
+    ],
     "the text model's output holds no cache": [
         [LLAMA, r"\nclass LlamaModel\(.*?\nclass ", rf"\b{CACHE}={CACHE}(?= if use_cache|,?\s+\)\n\n)", f"{CACHE}=None and {CACHE}"]
     ],
@@ -203,7 +210,8 @@ def nothing_deprecated():
             yield
     finally:
         logging.getLogger("transformers").removeHandler(handler)
-    assert not [record for record in records if "deprecat" in record]
+    names = ("past_key_values", "image_hidden_states", "cache")  # of ours; 5.0's pipeline has its own deprecated call
+    assert not [record for record in records if "deprecat" in record and any(name in record for name in names)]
 
 
 REDUCTION = pytest.mark.parametrize(
