@@ -283,6 +283,17 @@ def test_adapter_directory(checkpoint, tmp_path, kind, auto):
         torch.testing.assert_close(loaded(**inputs).logits, expected, atol=1e-5, rtol=1e-5)
 
 
+def test_adapter_is_fetched_with_the_token(checkpoint, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    _, base = checkpoint
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    given = {}
+    monkeypatch.setattr(ShortVLlavaForConditionalGeneration, "load_adapter", lambda *_, **kwargs: given.update(kwargs))
+    ShortVLlavaForConditionalGeneration.from_pretrained(tmp_path / "adapter", token="hf_secret", adapter_name="mine")
+    assert given == {"adapter_name": "mine", "adapter_kwargs": {"token": "hf_secret"}}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_tied_embeddings(family, tmp_path):
     config = make_config(family, "qwen2", tie_word_embeddings=True)

@@ -236,6 +236,19 @@ def test_a_turn_that_breaks_off_leaves_no_trace(start, images, break_off, reduct
         assert answer.token_ids == expected.token_ids and talk.messages == other.messages
 
 
+@pytest.mark.parametrize("tokenizer", ["prepend", "bytes"])
+def test_a_turn_that_cut_the_cache_and_broke_off(start, images, tmp_path, tokenizer):
+    """The text of an answer is cut otherwise than it was made, so the next turn begins by taking tokens off the cache."""
+    talk, other = start(), start()
+    for each in (talk, other):
+        each.processor = AutoProcessor.from_pretrained(write_processor(tmp_path / tokenizer, "llava", tokenizer))
+        each.ask("what is this ?", images[:1])
+    with pytest.raises(KeyboardInterrupt):
+        talk.ask("why is a cat red ?", **while_the_answer_is_written(talk))
+    assert talk._cache is None  # not one that holds other tokens than it is taken to
+    assert talk.ask("is this red ?").token_ids == other.ask("is this red ?").token_ids
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_refused_turns_leave_no_trace(start, images, family):
     talk = start(REDUCTIONS["fastv"], family)

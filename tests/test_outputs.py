@@ -502,6 +502,13 @@ def test_files_appear_whole_or_not_at_all(folder):
         assert content(folder) == before
 
 
+def test_a_folder_where_a_file_is_to_be_written(tmp_path):
+    (tmp_path / "repo" / "config.json").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds folders where files are to be written: config.json"):
+        hub.build_repo(make_model().config, tmp_path / "repo", overwrite=True)
+    assert [file.name for file in (tmp_path / "repo").iterdir()] == ["config.json"]
+
+
 def test_links_and_devices_stay_what_they_are(folder):
     Path("link").symlink_to("notes/notes.txt")
     outputs.write_text("link", "new")

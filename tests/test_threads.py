@@ -1,5 +1,6 @@
 """One model, several threads: each gets what it would get alone."""
 
+import contextvars
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier, Thread
 
@@ -122,6 +123,15 @@ class TestUsing:
             thread.join()
             assert other.settings == ([3], None)
         assert seen == [([1], None)]
+
+    def test_a_block_that_has_ended_does_not_count(self):
+        """A task inherits the context in which it is made, and can outlive the block."""
+        model, other = make_model(shortv_layers=[1]), make_model()
+        with model.using(shortv_layers=[0, 3]):
+            context = contextvars.copy_context()
+            assert context.run(lambda: model.settings) == ([0, 3], None)
+        with other.using(shortv_layers=[]):
+            assert context.run(lambda: model.settings) == ([1], None)
 
     def test_saved_config_is_the_set_one(self, tmp_path):
         model = make_model(shortv_layers=[1])

@@ -90,3 +90,10 @@ def test_lora_step():
     for layer in LAYERS:  # adapters of frozen layers are trained too: K and V of all tokens, Q and FFN of the text
         weight = adapted.base_model.model.model.language_model.layers[layer].self_attn.v_proj.lora_B["default"].weight
         assert weight.abs().sum() > 0
+
+
+def test_checkpointing_with_a_cache_is_not_blamed_on_the_version():
+    """Upstream's layers then leave the cache alone; nothing of ours is missing from it."""
+    model = make_model(shortv_layers=LAYERS).train()
+    model.gradient_checkpointing_enable()
+    assert model(**labelled(model), use_cache=True).loss.isfinite()

@@ -626,6 +626,14 @@ class TestOtherInputs:
             logits = model(**inputs).logits
         assert logits.dtype == dtype and logits.isfinite().all()
 
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_outputs_as_a_tuple_hold_no_marks(self, family):
+        model = reduced_model({"method": "random", "token_num": 6}, family=family).model
+        inputs = make_inputs(model, ["ttItt"])
+        with torch.no_grad():
+            parts = model(**inputs, return_dict=False)
+        assert isinstance(parts, tuple) and all(part.isfinite().all() for part in parts if torch.is_tensor(part))
+
     def test_image_hidden_states_are_those_that_the_model_sees(self):
         model = reduced_model({"method": "vtc_cls", "layer": 0, "token_num": 5})
         with torch.no_grad():
