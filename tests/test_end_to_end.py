@@ -133,9 +133,13 @@ def test_check_repo(world):
     code, output, _ = world.shell("check-repo", "me/shortv")
     assert code == 0, output
     lines = output.splitlines()
-    assert len(lines) == 11 and lines[-1] == "me/shortv: in order" and all(line[:5] == "ok   " for line in lines[:-1])
+    assert len(lines) == 12 and lines[-1] == "me/shortv: in order" and all(line[:5] == "ok   " for line in lines[:-1])
     assert "10 files, equal to those of shortv_hf" in output and f"org/base at {world.pinned}" in output
-    assert "none missing" in output and "4 out" in output
+    assert (
+        "none missing" in output
+        and "8 out, equal with and without a cache" in output
+        and "12 texts, the same ids" in output
+    )
 
     code, _, error = world.shell("check-repo", "me/nothing")
     assert (code, error) == (1, "shortv: there is no repo me/nothing, or the present token may not read it\n")

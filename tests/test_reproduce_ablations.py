@@ -48,7 +48,7 @@ def test_committed_results_can_be_drawn_again(tmp_path, monkeypatch):
     charts = {}
     monkeypatch.setattr(script.plots, "plot_curves", lambda panels, *args: charts.update(panels))
     results = json.loads((SCRIPT.parent / "results" / "ablations-shapes-demo.json").read_text())
-    script.draw(results, tmp_path / "x")
+    script.draw(results, tmp_path / "x.png", tmp_path / "x-layers.png")
     assert len(charts) == 3
     for curves in charts.values():
         assert curves["LC"]["x"] == [row["N"] for row in results["curves"]["LC"]]
