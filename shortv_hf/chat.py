@@ -19,6 +19,7 @@ from transformers.utils.hub import cached_file
 
 from .configuration_shortv import ShortVLlavaConfig, ShortVLlavaNextConfig
 from .images import to_rgb
+from .model_card import is_hub_id
 from .modeling_shortv import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
 from .prompts import user_message
 from .upstream import CACHE
@@ -38,8 +39,8 @@ def model_classes(model: str, **hub_kwargs) -> tuple[type[PretrainedConfig], typ
         ValueError: if it is neither LLaVA-1.5 nor LLaVA-NeXT.
         OSError: if it cannot be found.
     """
-    if str(model).startswith(("/", ".", "~")) and not Path(model).expanduser().exists():
-        raise ValueError(f"no such directory: {model}")
+    if not is_hub_id(str(model)) and not Path(model).expanduser().exists():
+        raise ValueError(f"no such directory: {model} (and models on the Hub are named owner/name)")
     if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
         if (Path(model) / "adapter_config.json").is_file():
             raise ValueError(

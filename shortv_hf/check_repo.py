@@ -97,8 +97,8 @@ def check_repo(repo: str, revision: str | None = None, device: str = "cpu") -> l
     """
     if Path(repo).is_dir():
         folder, commit = Path(repo), None
-    elif repo.startswith(("/", ".", "~")):
-        raise ValueError(f"no such directory: {repo}")
+    elif not is_hub_id(repo):
+        raise ValueError(f"no such directory: {repo} (and repos on the Hub are named owner/name)")
     else:
         try:
             folder = Path(
@@ -173,7 +173,9 @@ def _check_code(folder: Path) -> str:
         for name in sorted(expected.keys() & found.keys())
         if expected[name] != found[name]
     ]
-    if found and "upstream.py" not in found:
+    if not found:
+        raise ValueError("there is no code: this is the config of a repo that has not been built (shortv build-repo)")
+    if "upstream.py" not in found:
         problems.append(
             "code from before shortv_hf 0.2.0, with which frozen layers lose keys and values on Transformers 5.24 and "
             "newer (wrong answers without an error): build the repo again"

@@ -193,7 +193,9 @@ def _say_what_the_demonstration_model_knows(images: list):
     console = Console(stderr=True, highlight=False)
     console.print(
         f"[dim]The demonstration model knows {len(shapes.COLORS)} colours ({', '.join(shapes.COLORS)}) and "
-        f"{len(shapes.SHAPES)} shapes ({', '.join(shapes.SHAPES)}), and nothing else.[/dim]"
+        f"{len(shapes.SHAPES)} shapes ({', '.join(shapes.SHAPES)}) on a plain ground, and nothing else. It was asked: Describe "
+        "the picture. How many red objects are there? What color is the square? What shape is the blue object? Where is the "
+        "large circle? Is the circle above the square?[/dim]"
     )
     for image in images:
         share = shapes.plain_share(image)
@@ -471,6 +473,8 @@ def visualize(
     if image is None:
         image = str(Path(chats.demo_model()) / "example.png")
     outputs.check_files(output, overwrite=overwrite)
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output is {output}; it must end in .png")
     fields = _parse_reduction(method)
     picture = load_image(image)
     loaded, processor = chats.load(model, None, device, dtype, **fields)
@@ -553,7 +557,10 @@ def build_repo(
         )
     config = _load_config(model, base_revision)
     if config.base_model_name_or_path is None:
-        raise ValueError(f"{model} holds its own weights; build-repo needs an original checkpoint to reference")
+        raise ValueError(
+            f"{model} holds its own weights, so there is no original checkpoint to reference: `shortv lc {model} "
+            "--num-layers N --save-model REPO` writes a repo that holds them too"
+        )
     if ranking is None:
         config.shortv_layers = _parse_layers(layers)
     else:

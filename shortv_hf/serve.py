@@ -34,7 +34,7 @@ def serve(repo: str, arguments: list[str] = (), revision: str | None = None):
     from transformers.utils.import_utils import is_serve_available
 
     if not is_serve_available():
-        raise ValueError("serving needs more packages: pip install 'transformers[serving]'")
+        raise ValueError("serving needs the extra: pip install '.[serve]' in this package's checkout")
     model_type = PretrainedConfig.get_config_dict(repo, revision=revision)[0].get("model_type")
     if model_type not in (config_class.model_type for config_class, _ in MODEL_CLASSES):
         raise ValueError(f"{repo} has model_type {model_type!r}, which is not ShortV's; make a repo with build-repo")

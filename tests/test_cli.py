@@ -65,6 +65,15 @@ def test_the_model_is_the_first_argument_everywhere(command):
     assert str(result.exception) == "two models are named: one and, by --model, another"
 
 
+def test_a_mistyped_folder_is_not_looked_for_on_the_hub():
+    for command in ("chat", "check-repo"):
+        assert "no such directory: nosuchmodel (and" in str(invoke(command, "nosuchmodel").exception)
+
+
+def test_visualize_writes_png_only(tmp_path):
+    assert "it must end in .png" in str(invoke("visualize", "--output", tmp_path / "x.jpg").exception)
+
+
 def test_help_shows_choices_and_defaults(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # no word is broken
     for command in TAKE_A_MODEL:
