@@ -23,7 +23,7 @@ from .model_card import is_hub_id
 from .modeling_shortv import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
 from .prompts import user_message
 from .upstream import CACHE
-from .visual_cache import ReducedLayer
+from .cache import KeptLayer
 
 
 MODEL_CLASSES = (
@@ -185,7 +185,7 @@ def _crop(cache: DynamicCache, lengths: list[tuple[int, ...]]) -> bool:
             added = layer.get_seq_length() - before[0]
             if added:
                 layer.crop(-added)
-            if isinstance(layer, ReducedLayer):
+            if isinstance(layer, KeptLayer):
                 layer.check_stored()
     except (ValueError, RuntimeError):
         return False

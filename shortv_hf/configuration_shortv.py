@@ -18,11 +18,11 @@ import os
 from collections.abc import Iterable
 from numbers import Integral
 
-from transformers import LlavaConfig, LlavaNextConfig, PretrainedConfig
+from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, Qwen2VLConfig, Qwen2_5_VLConfig, Qwen3VLConfig, InternVLConfig, Gemma3Config, PretrainedConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .upstream import inherit_tables
-from .visual_reduction import ModelSizes, parse_visual_reduction
+from .reduction import ModelSizes, parse_visual_reduction
 
 
 SHORTV_FIELDS = ("shortv_layers", "visual_reduction", "base_model_name_or_path", "base_model_revision")
@@ -77,28 +77,37 @@ def with_both_rope_layouts(text_config: dict) -> dict:
     return {**text_config, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
+def validate_settings(config: PretrainedConfig):
+    """Check the ShortV fields of a config against its text model. Raises `ValueError` that names the bad value."""
+    layers = [] if config.shortv_layers is None else config.shortv_layers
+    config.shortv_layers = validate_shortv_layers(layers, config.get_text_config().num_hidden_layers)
+    config.visual_reduction = validate_visual_reduction(config.visual_reduction, config)
+
+
 class ShortVConfigMixin:
     """What the ShortV configs add to their Hugging Face parents: validation, and how they are read and written."""
 
     base_model_type: str  # the model type of the original checkpoints
+    shortv_layers = ()
+    visual_reduction = base_model_name_or_path = base_model_revision = None
     tokenizer_is_the_file = False  # whether upstream reads `tokenizer.json` as it is, whatever class is declared
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        parent_init = cls.__init__
+        def __init__(self, *args, shortv_layers=(), visual_reduction=None, base_model_name_or_path=None, base_model_revision=None, **kwargs):
+            parent_init(self, *args, **kwargs)
+            self.shortv_layers = shortv_layers
+            self.visual_reduction = visual_reduction
+            self.base_model_name_or_path = base_model_name_or_path
+            self.base_model_revision = base_model_revision
+            self.validate_shortv()
+        cls.__init__ = __init__
         inherit_tables(cls.model_type, cls.base_model_type)
-
-    def _set_shortv_fields(self, shortv_layers, visual_reduction, base_model_name_or_path, base_model_revision):
-        self.shortv_layers = shortv_layers
-        self.visual_reduction = visual_reduction
-        self.base_model_name_or_path = base_model_name_or_path
-        self.base_model_revision = base_model_revision
-        self.validate_shortv()
 
     def validate_shortv(self):
         """Check the ShortV fields against the text model. Raises `ValueError` that names the bad value."""
-        layers = [] if self.shortv_layers is None else self.shortv_layers
-        self.shortv_layers = validate_shortv_layers(layers, self.text_config.num_hidden_layers)
-        self.visual_reduction = validate_visual_reduction(self.visual_reduction, self)
+        validate_settings(self)
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -170,41 +179,50 @@ class ShortVConfigMixin:
 
 
 class ShortVLlavaConfig(ShortVConfigMixin, LlavaConfig):
-    """[`LlavaConfig`] with the ShortV fields (see the module's docstring)."""
-
     model_type = "shortv_llava"
     base_model_type = "llava"
     tokenizer_is_the_file = True
 
-    def __init__(
-        self,
-        shortv_layers=(),
-        visual_reduction=None,
-        base_model_name_or_path=None,
-        base_model_revision=None,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        self._set_shortv_fields(shortv_layers, visual_reduction, base_model_name_or_path, base_model_revision)
-
 
 class ShortVLlavaNextConfig(ShortVConfigMixin, LlavaNextConfig):
-    """[`LlavaNextConfig`] with the ShortV fields (see the module's docstring)."""
-
     model_type = "shortv_llava_next"
     base_model_type = "llava_next"
     tokenizer_is_the_file = True
 
-    def __init__(
-        self,
-        shortv_layers=(),
-        visual_reduction=None,
-        base_model_name_or_path=None,
-        base_model_revision=None,
-        **kwargs,
-    ):
-        super().__init__(**kwargs)
-        self._set_shortv_fields(shortv_layers, visual_reduction, base_model_name_or_path, base_model_revision)
+
+class ShortVLlavaOnevisionConfig(ShortVConfigMixin, LlavaOnevisionConfig):
+    model_type = "shortv_llava_onevision"
+    base_model_type = "llava_onevision"
+    tokenizer_is_the_file = True
 
 
-__all__ = ["ShortVLlavaConfig", "ShortVLlavaNextConfig"]
+class ShortVQwen2VLConfig(ShortVConfigMixin, Qwen2VLConfig):
+    model_type = "shortv_qwen2_vl"
+    base_model_type = "qwen2_vl"
+    tokenizer_is_the_file = True
+
+
+class ShortVQwen2_5_VLConfig(ShortVConfigMixin, Qwen2_5_VLConfig):
+    model_type = "shortv_qwen2_5_vl"
+    base_model_type = "qwen2_5_vl"
+    tokenizer_is_the_file = True
+
+
+class ShortVQwen3VLConfig(ShortVConfigMixin, Qwen3VLConfig):
+    model_type = "shortv_qwen3_vl"
+    base_model_type = "qwen3_vl"
+    tokenizer_is_the_file = True
+
+
+class ShortVInternVLConfig(ShortVConfigMixin, InternVLConfig):
+    model_type = "shortv_internvl"
+    base_model_type = "internvl"
+    tokenizer_is_the_file = True
+
+
+class ShortVGemma3Config(ShortVConfigMixin, Gemma3Config):
+    model_type = "shortv_gemma3"
+    base_model_type = "gemma3"
+    tokenizer_is_the_file = True
+
+

@@ -12,7 +12,7 @@ model keep; ShortV layers freeze what is left. FastV's own cost, one row of atte
 
 from dataclasses import dataclass
 
-from .visual_reduction import (
+from .reduction import (
     DecoderReduction,
     Downsample,
     ImageReduction,

@@ -16,8 +16,8 @@ from .images import to_rgb
 from .plots import wrap_text
 from .prompts import user_message
 from .upstream import find_cache, image_features
-from .visual_images import VisionRecorder, places_of_patches
-from .visual_reduction import (
+from .vision import VisionRecorder, places_of_patches
+from .reduction import (
     N_NEIGHBOURS,
     DecoderReduction,
     Downsample,

@@ -16,8 +16,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
 from shortv_hf.upstream import CACHE, find_cache, image_features
-from shortv_hf.visual_reduction import ClsAttention, PruMerge, PruMergePlus
-from shortv_hf.visual_tokens import TokenReduction
+from shortv_hf.reduction import ClsAttention, PruMerge, PruMergePlus
+from shortv_hf.plan import Stream
 from shortv_hf.vtw_calibration import withdrawal_divergences
 
 
@@ -30,13 +30,13 @@ SCORES = {"atol": 1e-6, "rtol": 1e-5}
 @pytest.fixture
 def scores(monkeypatch):
     """The scores of every choice that FastV makes."""
-    found, choose = [], TokenReduction.choose
+    found, choose = [], Stream.choose
 
     def recording(self, *args):
         choose(self, *args)
         found.append(self.scores)
 
-    monkeypatch.setattr(TokenReduction, "choose", recording)
+    monkeypatch.setattr(Stream, "choose", recording)
     return found
 
 

@@ -24,8 +24,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_atten
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from shortv_hf.upstream import CACHE, find_cache, image_features, used_image_features
-from shortv_hf.visual_cache import ReducedLayer
-from shortv_hf.visual_reduction import (
+from shortv_hf.cache import KeptLayer
+from shortv_hf.reduction import (
     METHODS,
     ClsAttention,
     Downsample,
@@ -399,7 +399,7 @@ class TestCaches:
         close(logits, expected[-2:])
 
     def test_crop(self):
-        layer = ReducedLayer.of(DynamicCache(config=make_config()).layers[0], 0, 1, torch.device("cpu"))
+        layer = KeptLayer.of(DynamicCache(config=make_config()).layers[0], 0, 1, torch.device("cpu"))
         for slots, seen, reduced in (([[0, 1, 5]], 6, True), ([[6]], 7, False), ([[7]], 8, False)):
             layer.add_slots(torch.tensor(slots), torch.tensor(slots), seen, reduced, False)
             states = torch.randn(1, 2, len(slots[0]), 4)
