@@ -18,11 +18,27 @@ import os
 from collections.abc import Iterable
 from numbers import Integral
 
-from transformers import LlavaConfig, LlavaNextConfig, LlavaOnevisionConfig, Qwen2VLConfig, Qwen2_5_VLConfig, Qwen3VLConfig, InternVLConfig, Gemma3Config, PretrainedConfig
+from transformers import (
+    Gemma3Config,
+    InternVLConfig,
+    LlavaConfig,
+    LlavaNextConfig,
+    LlavaOnevisionConfig,
+    PretrainedConfig,
+    Qwen2_5_VLConfig,
+    Qwen2VLConfig,
+    Qwen3VLConfig,
+)
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from .upstream import inherit_tables
 from .reduction import ModelSizes, parse_visual_reduction
+from .reduction_downsample import Downsample  # noqa: F401 -- methods register themselves
+from .reduction_fastv import FastV  # noqa: F401
+from .reduction_prumerge import PruMerge  # noqa: F401
+from .reduction_random import RandomSubset  # noqa: F401
+from .reduction_vtc_cls import VTCCLS  # noqa: F401
+from .reduction_vtw import VTW  # noqa: F401
+from .upstream import inherit_tables
 
 
 SHORTV_FIELDS = ("shortv_layers", "visual_reduction", "base_model_name_or_path", "base_model_revision")
@@ -95,13 +111,23 @@ class ShortVConfigMixin:
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         parent_init = cls.__init__
-        def __init__(self, *args, shortv_layers=(), visual_reduction=None, base_model_name_or_path=None, base_model_revision=None, **kwargs):
+
+        def __init__(
+            self,
+            *args,
+            shortv_layers=(),
+            visual_reduction=None,
+            base_model_name_or_path=None,
+            base_model_revision=None,
+            **kwargs,
+        ):
             parent_init(self, *args, **kwargs)
             self.shortv_layers = shortv_layers
             self.visual_reduction = visual_reduction
             self.base_model_name_or_path = base_model_name_or_path
             self.base_model_revision = base_model_revision
             self.validate_shortv()
+
         cls.__init__ = __init__
         inherit_tables(cls.model_type, cls.base_model_type)
 
@@ -224,5 +250,3 @@ class ShortVGemma3Config(ShortVConfigMixin, Gemma3Config):
     model_type = "shortv_gemma3"
     base_model_type = "gemma3"
     tokenizer_is_the_file = True
-
-

@@ -142,8 +142,9 @@ def graft(module: nn.Module, *mixins: type):
     if getattr(own, "__func__", None) is type(module).forward:
         del module.forward  # 4.57 leaves it behind when it has recorded outputs
     elif own is not None and "_old_forward" not in vars(module):
-        raise ValueError(f"{type(module).__name__} has a forward of its own on the instance: nothing can be put before it")
+        raise ValueError(
+            f"{type(module).__name__} has a forward of its own on the instance: nothing can be put before it"
+        )
     module.__class__ = grafted_class(type(module), *mixins)
     if "_old_forward" in vars(module):  # accelerate's hooks call it
         module._old_forward = type(module).forward.__get__(module)
-

@@ -352,7 +352,10 @@ class _Trace:
         self.padding_mask = sample.get("attention_mask")
         self.last = _last_positions(self.visual_mask, self.padding_mask)
         self.inputs, self.kwargs, self.plans = [], [], {}
-        self.output, self.between = None, {}  # what the model adds behind a layer (Qwen3-VL: features to visual tokens)
+        self.output, self.between = (
+            None,
+            {},
+        )  # what the model adds behind a layer (Qwen3-VL: features to visual tokens)
 
         def keep(module, args, kwargs):
             kwargs = dict(kwargs)

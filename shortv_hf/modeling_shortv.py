@@ -216,6 +216,9 @@ def _encoder(parents_method):
     def method(self, *args, **kwargs):
         # 5.24 hands the arguments of the whole forward on to the vision tower, our plan among them.
         kwargs = {name: value for name, value in kwargs.items() if name != "plan"}
+        check_images(args[0] if args else kwargs.get("pixel_values", kwargs.get("pixel_values_videos")))
+        if self.settings[1] is None:
+            return parents_method(self, *args, **kwargs)
         return self._reduced(functools.partial(parents_method, self, *args, **kwargs))
 
     return method
@@ -232,7 +235,7 @@ class ShortVModelMixin(ShortVSettingsMixin):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         if ShortVModelMixin in cls.__bases__:
-            parents_methods = super(ShortVModelMixin, cls)
+            parents_methods = super()
             for name in ("get_image_features", "get_video_features"):
                 if hasattr(parents_methods, name):
                     setattr(cls, name, _encoder(getattr(parents_methods, name)))
@@ -325,13 +328,10 @@ class ShortVModelMixin(ShortVSettingsMixin):
         marked (`vision.py`). The lists keep their lengths, those of the placeholders in a prompt.
 
         Raises:
-            ValueError: there are no images, or the call's `vision_feature_select_strategy` does not go with the method.
+            ValueError: the call's `vision_feature_select_strategy` does not go with the method.
         """
-        if self.settings[1] is None:
-            return encode()
         given = inspect.signature(encode.func).bind_partial(*encode.args, **encode.keywords).arguments
         given = {**given, **given.pop("kwargs", {})}
-        check_images(next((given[name] for name in ("pixel_values", "pixel_values_videos") if name in given), None))
         reduction = self._active_reduction(given.get("vision_feature_select_strategy"))
         if not isinstance(reduction, ImageReduction):
             return encode()
@@ -629,6 +629,10 @@ def apply_shortv(
 
 
 __all__ = [
+    "ShortVGemma3ForConditionalGeneration",
+    "ShortVGemma3Model",
+    "ShortVInternVLForConditionalGeneration",
+    "ShortVInternVLModel",
     "ShortVLlavaForConditionalGeneration",
     "ShortVLlavaModel",
     "ShortVLlavaNextForConditionalGeneration",
@@ -641,9 +645,5 @@ __all__ = [
     "ShortVQwen2_5_VLModel",
     "ShortVQwen3VLForConditionalGeneration",
     "ShortVQwen3VLModel",
-    "ShortVInternVLForConditionalGeneration",
-    "ShortVInternVLModel",
-    "ShortVGemma3ForConditionalGeneration",
-    "ShortVGemma3Model",
     "apply_shortv",
 ]

@@ -129,7 +129,9 @@ class Plan:
 
     def _stream_arguments(self, attention: nn.Module, kwargs: dict, rows: Rows | None) -> dict:
         stream, layer = self.stream, attention.layer_idx
-        if layer not in stream.changed:  # it sees all tokens, on a cache that holds them: upstream's arguments are right
+        if (
+            layer not in stream.changed
+        ):  # it sees all tokens, on a cache that holds them: upstream's arguments are right
             return kwargs
         kwargs = {**kwargs, "position_ids": None}  # with gaps, FlashAttention would take them for packed sequences
         kept = stream.rows(layer)
@@ -388,7 +390,11 @@ class Stream:
 
     def stock_mask(self, attention: nn.Module, kwargs: dict) -> Tensor | None:
         """The mask that the stock attention needs; `None` where plain causal attention is right."""
-        implementation, window, layer = attention.config._attn_implementation, sliding_window(attention), attention.layer_idx
+        implementation, window, layer = (
+            attention.config._attn_implementation,
+            sliding_window(attention),
+            attention.layer_idx,
+        )
         flash = "flash" in implementation
         if not flash and implementation not in ("sdpa", "eager"):
             raise ValueError(

@@ -399,4 +399,3 @@ def _self_test(model_class, config, implementation, follow_plans, plan_of_text):
             or not torch.allclose(actual, expected, atol=1e-4, rtol=1e-4)
         ):
             raise not_right(f"with a plan in which all tokens are text, {model_class.__name__} differs from stock")
-

@@ -334,9 +334,7 @@ def test_decoding_builds_no_plan(monkeypatch):
 
     built = []
     build = modeling.Plan.build
-    monkeypatch.setattr(
-        modeling.Plan, "build", lambda *args, **kwargs: built.append(1) or build(*args, **kwargs)
-    )
+    monkeypatch.setattr(modeling.Plan, "build", lambda *args, **kwargs: built.append(1) or build(*args, **kwargs))
     model = make_model(shortv_layers=LAYERS)
     greedy(model, make_inputs(model, ["ttItt"]), 6)
     assert len(built) == 1

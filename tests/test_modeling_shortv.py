@@ -9,7 +9,6 @@ from helpers import (
     FAMILIES,
     IMAGE_TOKEN,
     N_LAYERS,
-    TEXT,
     TEXT_CONFIGS,
     discard_updates,
     make_config,
@@ -19,6 +18,7 @@ from helpers import (
     reference_forward,
     solo_inputs,
 )
+from helpers import TEXT as TEXT_FIELDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import Cohere2Config
@@ -313,7 +313,7 @@ class TestBadInput:
     def test_text_backbone(self):
         """Cohere2 looks like the others, and has layers without rotary embedding."""
         config = make_config()
-        config.text_config = Cohere2Config(**TEXT, sliding_window=8)
+        config.text_config = Cohere2Config(**TEXT_FIELDS, sliding_window=8)
         with pytest.raises(ValueError, match="cannot freeze tokens in Cohere2Model"):
             FAMILIES["llava"][1](config)
 

@@ -7,7 +7,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shortv_hf.plan import Plan
-from shortv_hf.rows import Rows
 
 
 @st.composite
