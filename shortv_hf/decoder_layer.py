@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .plan import Plan
+from .plan import Plan, Stream
 from .rows import Rows
 from .upstream import argument, eager_attention, find_cache, rotate, update_cache
 
@@ -45,15 +45,18 @@ class ShortVDecoderLayerMixin:
         hidden_states, kwargs, rows = plan.enter(self.self_attn, hidden_states, kwargs)
         looks = plan.stream is not None and plan.stream.looks_in(self.self_attn.layer_idx)
         states = self.input_layernorm(hidden_states) if looks or rows is not None else None
+        if rows is None:
+            output = super().forward(hidden_states, *args, **kwargs)
+        else:
+            frozen = FrozenRows(plan, rows, states)
+            output = super().forward(rows.select(hidden_states), *args, **{**kwargs, "plan": frozen})
+            if isinstance(output, tuple):
+                output = rows.write(hidden_states, output[0]), *output[1:]
+            else:
+                output = rows.write(hidden_states, output)
         if looks:
             self.self_attn.let_last_token_choose(plan.stream, states, kwargs)
-        if rows is None:
-            return super().forward(hidden_states, *args, **kwargs)
-        kwargs["plan"] = FrozenRows(plan, rows, states)
-        output = super().forward(rows.select(hidden_states), *args, **kwargs)
-        if isinstance(output, tuple):
-            return rows.write(hidden_states, output[0]), *output[1:]
-        return rows.write(hidden_states, output)
+        return output
 
 
 class ShortVAttentionMixin:
@@ -98,12 +101,15 @@ class ShortVAttentionMixin:
         return (states if norm is None else norm(states)).transpose(1, 2)
 
     @torch.no_grad()
-    def let_last_token_choose(self, stream, states: Tensor, kwargs: dict):
-        """Rank visual tokens by this attention's last row. Its keys are computed once more: 0.1 % of a 7B prefill."""
+    def let_last_token_choose(self, stream: Stream, states: Tensor, kwargs: dict):
+        """Rank visual tokens by the last row of this attention, which has just run on the normed `states` `[B, S, h]`.
+        Its keys are in the cache; without one they are computed once more, 0.1 % of a 7B prefill."""
         tables = argument(kwargs, "position_embeddings")
         last = tuple(stream.last.select(part) for part in tables)
         query = rotate(self, self._heads("q", stream.last.select(states)), last)
-        stream.choose(self, query, rotate(self, self._heads("k", states), tables), kwargs)
+        held = stream.held(self.layer_idx)
+        key = rotate(self, self._heads("k", states), tables) if held is None else held.keys
+        stream.choose(self, query, key, kwargs)
 
 
 class Grafted:

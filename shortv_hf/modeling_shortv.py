@@ -272,7 +272,7 @@ class ShortVModelMixin(ShortVSettingsMixin):
         layers, visual_reduction = self.settings
         if not layers and visual_reduction is None:
             return super().forward(*args, **kwargs)
-        kwargs.update(zip(self._positional, args, strict=False))
+        kwargs = {**dict(zip(self._positional, args, strict=False)), **kwargs}
         plan = self._plan(layers, visual_mask, skip_padding, kwargs)
         if plan is None or plan.reduction is None:
             return super().forward(**kwargs, **({} if plan is None else {"plan": plan}))

@@ -300,7 +300,7 @@ class Stream:
         """Rank visual tokens by the attention of each row's last token in this layer. Only that row is computed.
 
         Args:
-            query: `[B, heads, 1, d]`, of that token. key: `[B, kv_heads, S, d]`, of the chunk. kwargs: the attention's.
+            query: `[B, heads, 1, d]`, of that token. key: `[B, kv_heads, K, d]`, that it attends to. kwargs: the attention's.
 
         Raises:
             ValueError: if the heads are spread over devices, each of which would choose for itself.
@@ -310,12 +310,8 @@ class Stream:
             raise ValueError(
                 f"{reduction.method} does not work with tensor parallel attention: each device sees its own heads"
             )
-        layer, keys = attention.layer_idx, self.chunk
-        if self.cache is not None:
-            held = self.cache.layers[layer]
-            keys = held.tokens
-            if held.is_initialized and held.keys.numel():
-                key = torch.cat([held.keys.to(key.dtype), key], dim=2)
+        held = self.held(attention.layer_idx)
+        keys = self.chunk if held is None else held.tokens
         mask = self._mask(self.chunk.at(self.last), keys, kwargs, sliding_window(attention), key.device)
         scores = last_row_attention(query[:, :, 0], key, mask, attention.scaling)[:, -self.length :]
         self.scores = scores.to(self.device)
@@ -404,7 +400,7 @@ class Stream:
         if flash and window is not None:
             raise ValueError("visual_reduction with a sliding window needs attn_implementation sdpa or eager")
         keys, rows = self.keys[layer], self.rows(layer)
-        held = self._held(layer)
+        held = self.held(layer)
         fillers = (rows is not None and rows.valid is not None) or (held is not None and held.has_fillers)
         queries = self.length if rows is None else rows.index.shape[1]
         aligned = queries in (1, keys.slots.shape[1])
@@ -419,7 +415,8 @@ class Stream:
         mask = self.mask(layer, window, kwargs, None, keys.slots.device)
         return additive(mask, self.inputs_embeds.dtype) if implementation == "eager" else mask
 
-    def _held(self, layer: int) -> KeptLayer | None:
+    def held(self, layer: int) -> KeptLayer | None:
+        """The layer of the cache, if it keeps a record."""
         layers = getattr(self.cache, "layers", ())
         return layers[layer] if layer < len(layers) and isinstance(layers[layer], KeptLayer) else None
 

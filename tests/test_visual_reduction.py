@@ -663,9 +663,9 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ("fastv", "one of fastv, vtw"),
-            ({}, "one of fastv, vtw"),
-            ({"method": "nonsense"}, "'nonsense'; valid methods are fastv, vtw"),
+            ("fastv", "one of downsample, fastv"),
+            ({}, "one of downsample, fastv"),
+            ({"method": "nonsense"}, "'nonsense'; valid methods are downsample, fastv"),
             ({"method": "fastv", "r": 0.5}, "no option 'r'; valid options are k, ratio"),
             ({"method": "prumerge", "k": 1}, "valid options are none"),
             ({"method": "fastv", "k": 0}, "k is 0; the valid range is the integers 1 to 4"),
@@ -696,7 +696,7 @@ class TestOptions:
 
     @pytest.mark.parametrize("options", MERGING, ids=name)
     def test_undefined_for_llava_next(self, options):
-        with pytest.raises(ValueError, match="not defined for LLaVA-NeXT.*fastv, vtw, vtc_cls and random"):
+        with pytest.raises(ValueError, match="not defined for images in tiles.*fastv, vtw, vtc_cls and random"):
             make_config("llava_next", visual_reduction=options)
 
     def test_other_vision_towers(self):
