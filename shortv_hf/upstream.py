@@ -52,9 +52,15 @@ def inherit_tables(model_type: str, base_model_type: str):
     answer with an error.)"""
     ignored = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", None)
     names = tokenization_auto.TOKENIZER_MAPPING_NAMES
-    if isinstance(ignored, set) and base_model_type in ignored and base_model_type in names:
+    if isinstance(ignored, set) and base_model_type in ignored:
         ignored.add(model_type)
+    if base_model_type in names:
         names.setdefault(model_type, names[base_model_type])
+
+
+def has_tied_head(config) -> bool:
+    """Whether the head of a model shares the weights of its embeddings: 5.x asks the whole config, 4.x that of the text."""
+    return bool(getattr(config.get_text_config() if ON_4 else config, "tie_word_embeddings", ON_4))
 
 
 # Modules
