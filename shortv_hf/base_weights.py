@@ -14,6 +14,8 @@ from .configuration_shortv import SHORTV_FIELDS, local_path_or_id
 from .upstream import has_inner_vision_model
 
 
+# The parts of the models without their heads.
+PARTS = "language_model|visual|vision_tower|multi_modal_projector|image_newline"
 # Key layouts of the original checkpoints → module names. Custom classes get no conversion in Transformers 5.x.
 KEY_MAPPING = {
     r"^language_model.lm_head": "lm_head",
@@ -23,7 +25,7 @@ KEY_MAPPING = {
     r"^image_newline": "model.image_newline",
     # Qwen2-VL and Qwen2.5-VL
     r"^visual": "model.visual",
-    r"^model(?!\.(language_model|visual|vision_tower|multi_modal_projector|image_newline))": "model.language_model",
+    rf"^model(?!\.({PARTS}))": "model.language_model",
 }
 # Newer Transformers 5.x save these vision towers without a level that older ones have, and read both.
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
@@ -198,9 +200,13 @@ class BaseWeightsMixin:
         if vision_type in VISION_MODEL_TYPES and has_inner_vision_model(vision_type):
             known = {**INNER_VISION_MODEL, **known}
         if not cls.can_generate():  # the model without a head, whose modules are one level higher
+            takes_off = cls.base_model_prefix == "model"  # 5.x takes "model." off by itself
             known = {
-                old: new if old.startswith("^model") else new.removeprefix("model.") for old, new in known.items()
+                old: new if takes_off and old.startswith("^model") else new.removeprefix("model.")
+                for old, new in known.items()
             }
+            if not takes_off:
+                known[rf"^model\.(?=({PARTS}))"] = ""
         key_mapping = dict(key_mapping or {})
         return key_mapping | {old: new for old, new in known.items() if old not in key_mapping}
 
@@ -268,6 +274,10 @@ class BaseWeightsMixin:
         config = self.config
         reference = config.base_model_name_or_path, config.base_model_revision
         config.base_model_name_or_path = config.base_model_revision = None
+        head, embeddings = self.get_output_embeddings(), self.get_input_embeddings()
+        if head is not None and not head.weight.is_meta:  # what is written, whichever of the two fields a line asks
+            tied = head.weight is embeddings.weight
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:

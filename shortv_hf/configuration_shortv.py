@@ -118,7 +118,7 @@ class ShortVConfigMixin:
             cls.__init__ = ShortVConfigMixin.__init__  # type: ignore[method-assign]
         super().__init_subclass__(**kwargs)
         cls.base_model_type = super(ShortVConfigMixin, cls).model_type
-        inherit_tables(cls.model_type, cls.base_model_type)
+        inherit_tables(cls, cls.base_model_type)
 
     def __init__(
         self,

@@ -68,10 +68,18 @@ def layer_flops(t: int, v: int, config=None, *, frozen: bool = False, h: int | N
 
 
 def visual_tokens_of(config) -> int:
-    """Visual tokens of one picture: the vision tower's patches; of LLaVA-NeXT those of an overview and 2 x 2 tiles, as
-    in the paper's tables (newline tokens not counted)."""
+    """Visual tokens of one picture: the vision tower's patches; of LLaVA-NeXT and OneVision those of an overview and 2 x 2
+    tiles, as in the paper's tables (newline tokens not counted). Gemma 3 has a fixed number, InternVL one per tile; the
+    Qwens keep an image's size, here 896 x 896 pixels."""
+    vision = config.vision_config
+    if hasattr(config, "mm_tokens_per_image"):
+        return config.mm_tokens_per_image
+    if hasattr(config, "downsample_ratio"):
+        return config.image_seq_length
+    if hasattr(vision, "spatial_merge_size"):
+        return (896 // (vision.patch_size * vision.spatial_merge_size)) ** 2
     tiles = 5 if getattr(config, "image_grid_pinpoints", None) else 1
-    return tiles * (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    return tiles * (vision.image_size // vision.patch_size) ** 2
 
 
 def kept_visual_tokens(v: int, visual_reduction: dict | None, config=None, *, kept: int | None = None) -> int:
