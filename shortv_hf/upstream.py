@@ -53,11 +53,11 @@ def inherit_tables(config_class: type[PretrainedConfig], base_model_type: str):
     are read by the class that the tables name for the type; they import it when it is asked for.
     """
     ignored = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", None)
-    if isinstance(ignored, set) and base_model_type in ignored:
-        ignored.add(config_class.model_type)
     names = tokenization_auto.TOKENIZER_MAPPING_NAMES
-    if base_model_type in names:
+    if isinstance(ignored, set) and base_model_type in names:
         names.setdefault(config_class.model_type, names[base_model_type])
+        if base_model_type in ignored:
+            ignored.add(config_class.model_type)
     for module, table in (
         (image_processing_auto, "IMAGE_PROCESSOR_MAPPING"),
         (processing_auto, "PROCESSOR_MAPPING"),
