@@ -1,4 +1,4 @@
-"""ShortV for Hugging Face: LLaVA models that freeze visual tokens in ineffective decoder layers.
+"""ShortV for Hugging Face: vision-language models that freeze visual tokens in ineffective decoder layers.
 
 Importing the package registers the classes with the Auto classes, so that ShortV repos load without remote code.
 """
@@ -12,22 +12,11 @@ if os.path.basename(sys.argv[0]) in ("shortv", "shortv.exe"):  # Ctrl-C while th
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import transformers  # noqa: E402
-from transformers import (  # noqa: E402
-    AutoConfig,
-    AutoModel,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    LlavaNextProcessor,
-    LlavaProcessor,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText  # noqa: E402
 
-from .configuration_shortv import ShortVLlavaConfig, ShortVLlavaNextConfig
-from .modeling_shortv import (
-    ShortVLlavaForConditionalGeneration,
-    ShortVLlavaModel,
-    ShortVLlavaNextForConditionalGeneration,
-    ShortVLlavaNextModel,
-)
+from . import configuration_shortv, modeling_shortv  # noqa: E402
+from .configuration_shortv import *  # noqa: E402, F403
+from .modeling_shortv import *  # noqa: E402, F403
 
 
 if hasattr(transformers, "AutoModelForVision2Seq"):
@@ -43,26 +32,15 @@ def _register():
     for name in ("AutoModelForVision2Seq", "AutoModelForMultimodalLM"):  # 4.x, newer 5.x
         if hasattr(transformers, name):
             generation_classes.append(getattr(transformers, name))
-    for config, model, generation_model, processor in (
-        (ShortVLlavaConfig, ShortVLlavaModel, ShortVLlavaForConditionalGeneration, LlavaProcessor),
-        (ShortVLlavaNextConfig, ShortVLlavaNextModel, ShortVLlavaNextForConditionalGeneration, LlavaNextProcessor),
-    ):
+    for model in modeling_shortv.MODELS:
+        config = model.config_class
         AutoConfig.register(config.model_type, config)
-        AutoModel.register(config, model)
-        AutoProcessor.register(config, processor)
+        AutoModel.register(config, model.base_class)
         for auto_class in generation_classes:
-            auto_class.register(config, generation_model)
+            auto_class.register(config, model)
 
 
 _register()
 
 __version__ = "0.2.0"
-__all__ = [
-    "AutoModelForVision2Seq",
-    "ShortVLlavaConfig",
-    "ShortVLlavaForConditionalGeneration",
-    "ShortVLlavaModel",
-    "ShortVLlavaNextConfig",
-    "ShortVLlavaNextForConditionalGeneration",
-    "ShortVLlavaNextModel",
-]
+__all__ = ["AutoModelForVision2Seq", *configuration_shortv.__all__, *modeling_shortv.__all__]

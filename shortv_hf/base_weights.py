@@ -14,13 +14,18 @@ from .configuration_shortv import SHORTV_FIELDS, local_path_or_id
 from .upstream import has_inner_vision_model
 
 
-# Key layout of the `llava-hf` checkpoints → module names. Custom classes get no conversion in Transformers 5.x.
+# The parts of the models without their heads.
+PARTS = "language_model|visual|vision_tower|multi_modal_projector|image_newline"
+# Key layouts of the original checkpoints → module names. Custom classes get no conversion in Transformers 5.x.
 KEY_MAPPING = {
     r"^language_model.lm_head": "lm_head",
     r"^language_model.model": "model.language_model",
     r"^vision_tower": "model.vision_tower",
     r"^multi_modal_projector": "model.multi_modal_projector",
     r"^image_newline": "model.image_newline",
+    # Qwen2-VL and Qwen2.5-VL
+    r"^visual": "model.visual",
+    rf"^model(?!\.({PARTS}))": "model.language_model",
 }
 # Newer Transformers 5.x save these vision towers without a level that older ones have, and read both.
 VISION_MODEL_TYPES = ("clip_vision_model", "siglip_vision_model")
@@ -32,7 +37,8 @@ INNER_VISION_MODEL = {
 HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # These are config attributes too, but say how to load.
 LOADER_KWARGS = ("attn_implementation", "dtype", "quantization_config", "torch_dtype")
-# Config fields that have to be those of the base: they decide the shapes of weights, or what the weights mean.
+# Config fields that have to be those of the base: they decide the shapes of weights, or what the weights mean. Families
+# have some of them each.
 ARCHITECTURE = {
     "text_config": (
         "model_type",
@@ -42,8 +48,12 @@ ARCHITECTURE = {
         "num_hidden_layers",
         "num_attention_heads",
         "num_key_value_heads",
+        "head_dim",
         "hidden_act",
+        "hidden_activation",
         "rms_norm_eps",
+        "layer_types",
+        "query_pre_attn_scalar",
     ),
     "vision_config": (
         "model_type",
@@ -54,6 +64,20 @@ ARCHITECTURE = {
         "image_size",
         "patch_size",
         "hidden_act",
+        "depth",
+        "embed_dim",
+        "num_heads",
+        "mlp_ratio",
+        "out_hidden_size",
+        "in_channels",
+        "temporal_patch_size",
+        "spatial_merge_size",
+        "window_size",
+        "fullatt_block_indexes",
+        "deepstack_visual_indexes",
+        "num_position_embeddings",
+        "use_qk_norm",
+        "norm_type",
     ),
 }
 
@@ -67,7 +91,7 @@ class BaseWeightsMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
-        """Load a ShortV repo that references its weights, one that holds them, or an original `llava-hf` checkpoint.
+        """Load a ShortV repo that references its weights, one that holds them, or an original checkpoint.
 
         Takes what `PreTrainedModel.from_pretrained` takes. `shortv_layers=[...]` and the other ShortV fields override
         the config's; `base_model_name_or_path` may then name another copy of the base, a local directory for example.
@@ -176,9 +200,13 @@ class BaseWeightsMixin:
         if vision_type in VISION_MODEL_TYPES and has_inner_vision_model(vision_type):
             known = {**INNER_VISION_MODEL, **known}
         if not cls.can_generate():  # the model without a head, whose modules are one level higher
+            takes_off = cls.base_model_prefix == "model"  # 5.x takes "model." off by itself
             known = {
-                old: new if old.startswith("^model") else new.removeprefix("model.") for old, new in known.items()
+                old: new if takes_off and old.startswith("^model") else new.removeprefix("model.")
+                for old, new in known.items()
             }
+            if not takes_off:
+                known[rf"^model\.(?=({PARTS}))"] = ""
         key_mapping = dict(key_mapping or {})
         return key_mapping | {old: new for old, new in known.items() if old not in key_mapping}
 
@@ -232,8 +260,8 @@ class BaseWeightsMixin:
             raise (OSError if isinstance(error, OSError) else ValueError)(message) from error
         for part, names in ARCHITECTURE.items():
             for name in names:
-                expected = getattr(getattr(config, part), name, None)
-                found = getattr(getattr(base_config, part), name, None)
+                expected = _field(config, part, name)
+                found = _field(base_config, part, name)
                 if expected != found:
                     raise ValueError(
                         f"the base checkpoint {base} does not fit {path}: its {part}.{name} is {found!r}, "
@@ -246,10 +274,21 @@ class BaseWeightsMixin:
         config = self.config
         reference = config.base_model_name_or_path, config.base_model_revision
         config.base_model_name_or_path = config.base_model_revision = None
+        head, embeddings = self.get_output_embeddings(), self.get_input_embeddings()
+        if head is not None and not head.weight.is_meta:  # what is written, whichever of the two fields a line asks
+            tied = head.weight is embeddings.weight
+            config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = tied
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             config.base_model_name_or_path, config.base_model_revision = reference
+
+
+def _field(config: PretrainedConfig, part: str, name: str):
+    """A field of the text or vision config; `None` for a family that does not have it."""
+    part_config = config.get_text_config() if part == "text_config" else config.vision_config
+    value = getattr(part_config, name, None)
+    return list(value) if isinstance(value, tuple) else value  # files have no tuples
 
 
 def _require_complete(info: dict, location: str):

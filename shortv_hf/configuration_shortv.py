@@ -1,4 +1,4 @@
-"""Configurations of the ShortV models: the Hugging Face LLaVA configs plus four fields.
+"""Configurations of the ShortV models: those of Hugging Face's vision-language models plus four fields.
 
 `shortv_layers` (`list[int]`, default `[]`)
     Decoder layers that freeze visual tokens. A set for the forward pass; the order records the ranking (the most
@@ -15,8 +15,9 @@
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from numbers import Integral
+from typing import Any
 
 from transformers import (
     Gemma3Config,
@@ -32,13 +33,17 @@ from transformers import (
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .reduction import ModelSizes, parse_visual_reduction
-from .reduction_downsample import Downsample  # noqa: F401 -- methods register themselves
-from .reduction_fastv import FastV  # noqa: F401
-from .reduction_prumerge import PruMerge  # noqa: F401
-from .reduction_random import RandomSubset  # noqa: F401
-from .reduction_vtc_cls import VTCCLS  # noqa: F401
-from .reduction_vtw import VTW  # noqa: F401
-from .upstream import inherit_tables
+from .reduction_downsample import Downsample
+from .reduction_fastv import FastV
+from .reduction_prumerge import PruMerge, PruMergePlus
+from .reduction_random import RandomSubset
+from .reduction_vtc_cls import VTCCLS
+from .reduction_vtw import VTW
+from .upstream import has_tied_head, inherit_tables
+
+
+# What `config.visual_reduction` can name: methods are known from here on.
+REDUCTIONS = (Downsample, FastV, PruMerge, PruMergePlus, RandomSubset, VTCCLS, VTW)
 
 
 SHORTV_FIELDS = ("shortv_layers", "visual_reduction", "base_model_name_or_path", "base_model_revision")
@@ -82,54 +87,70 @@ def local_path_or_id(name: str | os.PathLike) -> str:
     return os.path.abspath(name) if os.path.isdir(name) else str(name)
 
 
-def with_both_rope_layouts(text_config: dict) -> dict:
-    """Rotary settings in the fields of both lines: 5.x reads and writes `rope_parameters`, 4.x `rope_theta` and
-    `rope_scaling`, and each silently takes its default for what it does not find."""
-    rope = text_config.get("rope_parameters")
-    if not rope or "rope_theta" not in rope:
-        return text_config
-    kind = rope.get("rope_type", "default")
-    scaling = None if kind == "default" else {name: value for name, value in rope.items() if name != "rope_theta"}
-    return {**text_config, "rope_theta": rope["rope_theta"], "rope_scaling": scaling}
-
-
 def validate_settings(config: PretrainedConfig):
-    """Check the ShortV fields of a config against its text model. Raises `ValueError` that names the bad value."""
+    """Check the ShortV fields of a config against its text model; the layers become a list of ints.
+
+    Raises:
+        ValueError: names the bad value.
+    """
     layers = [] if config.shortv_layers is None else config.shortv_layers
     config.shortv_layers = validate_shortv_layers(layers, config.get_text_config().num_hidden_layers)
     config.visual_reduction = validate_visual_reduction(config.visual_reduction, config)
 
 
+def with_both_rope_layouts(text_config: dict[str, Any]) -> dict[str, Any]:
+    """Rotary settings in the fields of both lines: 5.x reads and writes `rope_parameters`, 4.x `rope_theta` and
+    `rope_scaling`, and each silently takes its default for what it does not find. M-RoPE's sections are part of the
+    scaling on 4.x. Where 5.x keeps parameters per kind of layer, as of Gemma 3, 4.x has a field for the sliding ones."""
+    rope = text_config.get("rope_parameters") or {}
+    fields = {}
+    if "full_attention" in rope:
+        local = rope.get("sliding_attention") or {}
+        if "rope_theta" in local:
+            fields["rope_local_base_freq"] = local["rope_theta"]
+        rope = rope["full_attention"]
+    if "rope_theta" not in rope:
+        return text_config
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    fields["rope_theta"] = rope["rope_theta"]
+    fields["rope_scaling"] = None if scaling in ({}, {"rope_type": "default"}) else scaling
+    return {**text_config, **fields}
+
+
 class ShortVConfigMixin:
     """What the ShortV configs add to their Hugging Face parents: validation, and how they are read and written."""
 
-    base_model_type: str  # the model type of the original checkpoints
-    shortv_layers = ()
-    visual_reduction = base_model_name_or_path = base_model_revision = None
+    base_model_type: str  # the model type of the original checkpoints, the parent's
     tokenizer_is_the_file = False  # whether upstream reads `tokenizer.json` as it is, whatever class is declared
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any):
+        if "__init__" not in vars(cls):  # 5.x would write one from the parent's fields
+            cls.__init__ = ShortVConfigMixin.__init__  # type: ignore[method-assign]
         super().__init_subclass__(**kwargs)
-        parent_init = cls.__init__
+        cls.base_model_type = super(ShortVConfigMixin, cls).model_type
+        inherit_tables(cls, cls.base_model_type)
 
-        def __init__(
-            self,
-            *args,
-            shortv_layers=(),
-            visual_reduction=None,
-            base_model_name_or_path=None,
-            base_model_revision=None,
-            **kwargs,
-        ):
-            parent_init(self, *args, **kwargs)
-            self.shortv_layers = shortv_layers
-            self.visual_reduction = visual_reduction
-            self.base_model_name_or_path = base_model_name_or_path
-            self.base_model_revision = base_model_revision
-            self.validate_shortv()
-
-        cls.__init__ = __init__
-        inherit_tables(cls.model_type, cls.base_model_type)
+    def __init__(
+        self,
+        *args: Any,
+        shortv_layers: Sequence[int] | None = (),
+        visual_reduction: dict | None = None,
+        base_model_name_or_path: str | None = None,
+        base_model_revision: str | None = None,
+        **kwargs: Any,
+    ):
+        if isinstance(kwargs.get("text_config"), dict):
+            kwargs["text_config"] = with_both_rope_layouts(kwargs["text_config"])
+        else:  # the text model's fields can stand beside the others, as in Qwen2-VL's original configs
+            kwargs = with_both_rope_layouts(kwargs)
+        super().__init__(*args, **kwargs)
+        for part in (self.get_text_config(), self.vision_config):
+            vars(part).pop("model_type", None)  # the class's, not what 4.x takes from a flat config or another line wrote
+        self.shortv_layers = shortv_layers
+        self.visual_reduction = visual_reduction
+        self.base_model_name_or_path = base_model_name_or_path
+        self.base_model_revision = base_model_revision
+        self.validate_shortv()
 
     def validate_shortv(self):
         """Check the ShortV fields against the text model. Raises `ValueError` that names the bad value."""
@@ -142,8 +163,6 @@ class ShortVConfigMixin:
         subfolder = kwargs.get("subfolder", "")
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
         model_type = config_dict.get("model_type")
-        if isinstance(config_dict.get("text_config"), dict):
-            config_dict = {**config_dict, "text_config": with_both_rope_layouts(config_dict["text_config"])}
         if model_type == cls.base_model_type:
             name = os.fspath(pretrained_model_name_or_path)
             commit = None
@@ -191,7 +210,11 @@ class ShortVConfigMixin:
     def to_dict(self):
         """The parent's dict, with the `auto_map` by which the Auto classes of both Transformers lines find the code."""
         output = super().to_dict()
+        output["architectures"] = self.architectures  # on 4.x, Qwen2-VL's keeps it in the text config
         output["text_config"] = with_both_rope_layouts(output["text_config"])
+        output["tie_word_embeddings"] = has_tied_head(self)  # where 5.x looks; 4.x asks the text config
+        if output["tie_word_embeddings"]:
+            output["text_config"].setdefault("tie_word_embeddings", True)
         model = type(self).__name__.removesuffix("Config")
         generation_class = f"modeling_shortv.{model}ForConditionalGeneration"
         output["auto_map"] = {
@@ -205,48 +228,62 @@ class ShortVConfigMixin:
 
 
 class ShortVLlavaConfig(ShortVConfigMixin, LlavaConfig):
+    """[`LlavaConfig`] with the ShortV fields (see the module's docstring)."""
+
     model_type = "shortv_llava"
-    base_model_type = "llava"
     tokenizer_is_the_file = True
 
 
 class ShortVLlavaNextConfig(ShortVConfigMixin, LlavaNextConfig):
+    """[`LlavaNextConfig`] with the ShortV fields (see the module's docstring)."""
+
     model_type = "shortv_llava_next"
-    base_model_type = "llava_next"
     tokenizer_is_the_file = True
 
 
 class ShortVLlavaOnevisionConfig(ShortVConfigMixin, LlavaOnevisionConfig):
+    """[`LlavaOnevisionConfig`] with the ShortV fields (see the module's docstring)."""
+
     model_type = "shortv_llava_onevision"
-    base_model_type = "llava_onevision"
-    tokenizer_is_the_file = True
 
 
 class ShortVQwen2VLConfig(ShortVConfigMixin, Qwen2VLConfig):
+    """[`Qwen2VLConfig`] with the ShortV fields (see the module's docstring)."""
+
     model_type = "shortv_qwen2_vl"
-    base_model_type = "qwen2_vl"
-    tokenizer_is_the_file = True
 
 
 class ShortVQwen2_5_VLConfig(ShortVConfigMixin, Qwen2_5_VLConfig):
+    """[`Qwen2_5_VLConfig`] with the ShortV fields (see the module's docstring)."""
+
     model_type = "shortv_qwen2_5_vl"
-    base_model_type = "qwen2_5_vl"
-    tokenizer_is_the_file = True
 
 
 class ShortVQwen3VLConfig(ShortVConfigMixin, Qwen3VLConfig):
+    """[`Qwen3VLConfig`] with the ShortV fields (see the module's docstring)."""
+
     model_type = "shortv_qwen3_vl"
-    base_model_type = "qwen3_vl"
-    tokenizer_is_the_file = True
 
 
 class ShortVInternVLConfig(ShortVConfigMixin, InternVLConfig):
+    """[`InternVLConfig`] with the ShortV fields (see the module's docstring)."""
+
     model_type = "shortv_internvl"
-    base_model_type = "internvl"
-    tokenizer_is_the_file = True
 
 
 class ShortVGemma3Config(ShortVConfigMixin, Gemma3Config):
+    """[`Gemma3Config`] with the ShortV fields (see the module's docstring)."""
+
     model_type = "shortv_gemma3"
-    base_model_type = "gemma3"
-    tokenizer_is_the_file = True
+
+
+__all__ = [
+    "ShortVGemma3Config",
+    "ShortVInternVLConfig",
+    "ShortVLlavaConfig",
+    "ShortVLlavaNextConfig",
+    "ShortVLlavaOnevisionConfig",
+    "ShortVQwen2VLConfig",
+    "ShortVQwen2_5_VLConfig",
+    "ShortVQwen3VLConfig",
+]

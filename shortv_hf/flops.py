@@ -61,11 +61,12 @@ def layer_flops(t: int, v: int, config=None, *, frozen: bool = False, h: int | N
 
 
 def visual_tokens_of(config) -> int:
-    """Visual tokens of one picture: the vision tower's patches; of LLaVA-NeXT those of an overview and 2 x 2 tiles, as
-    in the paper's tables (newline tokens not counted)."""
-    sizes = ModelSizes.of(config)
+    """Visual tokens of one picture: those of the vision tower; of models that cut images into tiles those of an overview
+    and 2 x 2 tiles, as in the paper's tables (newline tokens not counted). Models that keep an image's size have as many
+    as it asks for: here those of 896 x 896 pixels."""
+    sizes, vision = ModelSizes.of(config), config.vision_config
     if sizes.patches is None:
-        raise ValueError("this model's images differ in their number of visual tokens: say how many (--visual-tokens)")
+        return (896 // (vision.patch_size * vision.spatial_merge_size)) ** 2
     return (5 if sizes.tiled else 1) * sizes.patches
 
 

@@ -15,7 +15,7 @@ from . import modeling_shortv, outputs
 from .model_card import PAPER, is_commit, reference_card
 
 
-# Processor and tokenizer files of LLaVA checkpoints. They are copied byte for byte: what Transformers 5.x writes when
+# Processor and tokenizer files of the original checkpoints. They are copied byte for byte: what Transformers 5.x writes when
 # it saves a processor again, 4.x cannot read. One field differs, see `_declare_tokenizer`.
 PROCESSOR_FILES = (
     "added_tokens.json",
@@ -28,6 +28,7 @@ PROCESSOR_FILES = (
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
+    "video_preprocessor_config.json",
     "vocab.json",
 )
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
@@ -128,7 +129,7 @@ def build_repo(
     unless there is a `weights_dir`: they are read from `config.base_model_name_or_path`.
 
     Args:
-        config: a `ShortVLlavaConfig` or `ShortVLlavaNextConfig`.
+        config: a ShortV config, of any family.
         output_dir: the repo's directory: new, empty, an earlier repo of this function, or `processor_dir` itself, whose files
             are then left as they are. What
             it wrote there before is replaced, or removed if the repo no longer needs it; other files stay.

@@ -18,9 +18,9 @@ from functools import cache
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.models.auto import tokenization_auto
+from transformers.models.auto import image_processing_auto, processing_auto, tokenization_auto, video_processing_auto
 from transformers.models.llama.modeling_llama import LlamaModel
 
 
@@ -54,16 +54,34 @@ def not_right(what: str) -> ValueError:
     )
 
 
-def inherit_tables(model_type: str, base_model_type: str):
-    """Read the tokenizer files of a model type as those of the original. From 5.5 on, upstream ignores the class that
-    some types' files declare; of a type that it does not know it would believe them, and cut prompts into other tokens.
-    (Other tables by model type, for image, video and whole processors, are asked only where files name no class, and
-    answer with an error.)"""
+def inherit_tables(config_class: type[PretrainedConfig], base_model_type: str):
+    """Read the processor and tokenizer files of a config's model type as those of the original type.
+
+    From 5.5 on, upstream ignores the tokenizer class that some types' files declare; of a type that it does not know it
+    would believe them, and cut prompts into other tokens. Files that name no class at all, such as Qwen2-VL's for videos,
+    are read by the class that the tables name for the type; they import it when it is asked for.
+    """
     ignored = getattr(tokenization_auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", None)
     names = tokenization_auto.TOKENIZER_MAPPING_NAMES
-    if isinstance(ignored, set) and base_model_type in ignored and base_model_type in names:
-        ignored.add(model_type)
-        names.setdefault(model_type, names[base_model_type])
+    if isinstance(ignored, set) and base_model_type in names:
+        names.setdefault(config_class.model_type, names[base_model_type])
+        if base_model_type in ignored:
+            ignored.add(config_class.model_type)
+    for module, table in (
+        (image_processing_auto, "IMAGE_PROCESSOR_MAPPING"),
+        (processing_auto, "PROCESSOR_MAPPING"),
+        (tokenization_auto, "TOKENIZER_MAPPING"),
+        (video_processing_auto, "VIDEO_PROCESSOR_MAPPING"),
+    ):
+        try:
+            getattr(module, table)._reverse_config_mapping[config_class.__name__] = base_model_type
+        except ImportError:  # 4.x has no video processors without torchvision
+            continue
+
+
+def has_tied_head(config) -> bool:
+    """Whether the head of a model shares the weights of its embeddings: 5.x asks the whole config, 4.x that of the text."""
+    return bool(getattr(config.get_text_config() if ON_4 else config, "tie_word_embeddings", ON_4))
 
 
 # Modules
