@@ -127,7 +127,7 @@ class ShortVConfigMixin:
         if "__init__" not in vars(cls):  # 5.x would write one from the parent's fields
             cls.__init__ = ShortVConfigMixin.__init__  # type: ignore[method-assign]
         super().__init_subclass__(**kwargs)
-        cls.base_model_type = super(ShortVConfigMixin, cls).model_type
+        cls.base_model_type = super().model_type
         inherit_tables(cls, cls.base_model_type)
 
     def __init__(
@@ -145,7 +145,9 @@ class ShortVConfigMixin:
             kwargs = with_both_rope_layouts(kwargs)
         super().__init__(*args, **kwargs)
         for part in (self.get_text_config(), self.vision_config):
-            vars(part).pop("model_type", None)  # the class's, not what 4.x takes from a flat config or another line wrote
+            vars(part).pop(
+                "model_type", None
+            )  # the class's, not what 4.x takes from a flat config or another line wrote
         self.shortv_layers = shortv_layers
         self.visual_reduction = visual_reduction
         self.base_model_name_or_path = base_model_name_or_path

@@ -14,6 +14,7 @@ from processor_files import write_processor
 from test_base_weights import write_checkpoint
 from test_remote_code import run
 
+from shortv_hf.hub import code_files
 from shortv_hf.layer_contribution import LayerRanking
 from shortv_hf.outputs import RECORD
 
