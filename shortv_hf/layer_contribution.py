@@ -352,21 +352,20 @@ class _Trace:
         self.padding_mask = sample.get("attention_mask")
         self.last = _last_positions(self.visual_mask, self.padding_mask)
         self.inputs, self.kwargs, self.plans = [], [], {}
-        self.output, self.between = (
-            None,
-            {},
-        )  # what the model adds behind a layer (Qwen3-VL: features to visual tokens)
+        self.output, before = None, {}
+        self.between = {}  # what the model adds behind a layer (Qwen3-VL: features to visual tokens)
 
         def keep(module, args, kwargs):
             kwargs = dict(kwargs)
             states = args[0] if args else kwargs.pop("hidden_states")
-            if self.inputs and states is not self.output:
-                self.between[len(self.inputs) - 1] = states - self.output
+            if self.inputs and not torch.equal(states, before["next"]):
+                self.between[len(self.inputs) - 1] = states - before["next"]
             self.inputs.append(states)
             self.kwargs.append({name: value for name, value in kwargs.items() if name != "plan"})
 
         def keep_output(module, args, output):
             self.output = _states(output)
+            before["next"] = self.output.clone()  # some versions add in place
 
         with frozen_tokens(model, sorted(self.base), tokens), ExitStack() as stack:
             for layer in self.layers:  # behind the hooks that freeze
