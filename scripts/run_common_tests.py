@@ -1,4 +1,4 @@
-"""Run Transformers' own common model tests on ShortV, and report every test that stock LLaVA passes and ShortV does not.
+"""Run Transformers' own common model tests on ShortV, and report every test that a stock model passes and ShortV does not.
 
     python scripts/run_common_tests.py [--sdist transformers-X.Y.Z.tar.gz]
 
@@ -94,21 +94,21 @@ def main() -> int:
         if "TestStock" not in found:  # nothing could be collected
             print(log.read_text())
             return 1
-    stock = found.pop("TestStock")
     worse, not_run = [], []
-    print(f"transformers {transformers.__version__}: common model tests, {len(stock)} per class")
-    for name, tests in [("TestStock", stock), *found.items()]:
+    print(f"transformers {transformers.__version__}: common model tests, {len(found['TestStock'])} per class")
+    for name, tests in sorted(found.items()):
+        stock = found[name.replace("ShortV", "Stock").removesuffix("Dense")]
         counts = {outcome: list(tests.values()).count(outcome) for outcome in ("passed", "failed", "skipped")}
         print(f"{name}: {counts['passed']} passed, {counts['failed']} failed, {counts['skipped']} skipped")
         passed = [test for test in stock if stock[test] == "passed"]
         worse += [f"{name}::{test}" for test in passed if tests[test] == "failed"]
         not_run += [f"{name}::{test}" for test in passed if tests[test] == "skipped"]
     if not_run:
-        print("run on stock LLaVA only (the tests choose by upstream's own class names):", *not_run, sep="\n  ")
+        print("run on the stock model only (the tests choose by upstream's own class names):", *not_run, sep="\n  ")
     if worse:
-        print("passed by stock LLaVA, failed by ShortV:", *worse, sep="\n  ")
+        print("passed by the stock model, failed by ShortV:", *worse, sep="\n  ")
     else:
-        print("ShortV fails no test that stock LLaVA passes")
+        print("ShortV fails no test that the stock models pass")
     return int(bool(worse))
 
 

@@ -1,4 +1,4 @@
-"""Transformers' own common model tests on stock LLaVA and on ShortV with a frozen layer.
+"""Transformers' own common model tests on stock LLaVA and InternVL, and on ShortV with a frozen layer.
 
 Not collected with the suite: `scripts/run_common_tests.py` fetches the upstream tests and runs this file beside them.
 """
@@ -7,15 +7,34 @@ import unittest
 
 import torch
 from tests.test_modeling_common import ModelTesterMixin, floats_tensor, ids_tensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaModel
+from transformers import (
+    CLIPVisionConfig,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLModel,
+    InternVLVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    Qwen2Config,
+)
 from transformers.models.auto import modeling_auto
 
-from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration, ShortVLlavaModel
+from shortv_hf import (
+    ShortVInternVLConfig,
+    ShortVInternVLForConditionalGeneration,
+    ShortVInternVLModel,
+    ShortVLlavaConfig,
+    ShortVLlavaForConditionalGeneration,
+    ShortVLlavaModel,
+)
 
 
 # The mixin chooses labels and skips by class name.
-modeling_auto.MODEL_MAPPING_NAMES["shortv_llava"] = "ShortVLlavaModel"
-modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES["shortv_llava"] = "ShortVLlavaForConditionalGeneration"
+for name, family in (("shortv_llava", "Llava"), ("shortv_internvl", "InternVL")):
+    modeling_auto.MODEL_MAPPING_NAMES[name] = f"ShortV{family}Model"
+    modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[name] = f"ShortV{family}ForConditionalGeneration"
 
 
 class LlavaTester:
@@ -54,14 +73,41 @@ class LlavaTester:
         return self.get_config(), inputs
 
 
+class InternVLTester(LlavaTester):
+    """Of InternVL: a square of four patches becomes one token."""
+
+    seq_length = encoder_seq_length = 4 + LlavaTester.n_text_tokens
+
+    def get_config(self):
+        text = Qwen2Config(
+            vocab_size=self.vocab_size, intermediate_size=37, max_position_embeddings=64, num_key_value_heads=4,
+            pad_token_id=1, bos_token_id=2, eos_token_id=3, **self.text_config,
+        )  # fmt: skip
+        vision = InternVLVisionConfig(
+            image_size=[self.image_size] * 2, patch_size=[self.patch_size] * 2, intermediate_size=37,
+            **self.vision_config,
+        )  # fmt: skip
+        return self.config_class(
+            text_config=text.to_dict(), vision_config=vision.to_dict(), image_token_id=self.image_token_index,
+            image_seq_length=4, downsample_ratio=0.5, vision_feature_layer=-1, **self.config_kwargs,
+        )  # fmt: skip
+
+    def prepare_config_and_inputs_for_common(self):
+        config, inputs = super().prepare_config_and_inputs_for_common()
+        inputs["input_ids"] = ids_tensor([self.batch_size, self.seq_length], self.image_token_index - 5) + 4
+        inputs["input_ids"][:, 2:6] = self.image_token_index
+        return config, inputs
+
+
 class Common(ModelTesterMixin):
     is_encoder_decoder = False
     _is_composite = True
     test_resize_embeddings = True
     test_missing_keys = False
+    tester_class = LlavaTester
 
     def setUp(self):
-        self.model_tester = LlavaTester(self.config_class, **self.config_kwargs)
+        self.model_tester = self.tester_class(self.config_class, **self.config_kwargs)
         self.config_tester = None
 
 
@@ -78,3 +124,15 @@ class TestShortV(Common, unittest.TestCase):
 class TestShortVDense(Common, unittest.TestCase):
     all_model_classes = (ShortVLlavaModel, ShortVLlavaForConditionalGeneration)
     config_class, config_kwargs = ShortVLlavaConfig, {"shortv_layers": []}
+
+
+class TestStockInternVL(Common, unittest.TestCase):
+    tester_class = InternVLTester
+    all_model_classes = (InternVLModel, InternVLForConditionalGeneration)
+    config_class, config_kwargs = InternVLConfig, {}
+
+
+class TestShortVInternVL(Common, unittest.TestCase):
+    tester_class = InternVLTester
+    all_model_classes = (ShortVInternVLModel, ShortVInternVLForConditionalGeneration)
+    config_class, config_kwargs = ShortVInternVLConfig, {"shortv_layers": [0]}
