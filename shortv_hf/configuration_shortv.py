@@ -135,7 +135,9 @@ class ShortVConfigMixin:
             kwargs = with_both_rope_layouts(kwargs)
         super().__init__(*args, **kwargs)
         for part in (self.get_text_config(), self.vision_config):
-            vars(part).pop("model_type", None)  # the class's, not what 4.x takes from a flat config or another line wrote
+            vars(part).pop(
+                "model_type", None
+            )  # the class's, not what 4.x takes from a flat config or another line wrote
         self.shortv_layers = shortv_layers
         self.visual_reduction = visual_reduction
         self.base_model_name_or_path = base_model_name_or_path
