@@ -117,7 +117,7 @@ class ShortVConfigMixin:
         if "__init__" not in vars(cls):  # 5.x would write one from the parent's fields
             cls.__init__ = ShortVConfigMixin.__init__  # type: ignore[method-assign]
         super().__init_subclass__(**kwargs)
-        cls.base_model_type = super(ShortVConfigMixin, cls).model_type
+        cls.base_model_type = super().model_type
         inherit_tables(cls, cls.base_model_type)
 
     def __init__(

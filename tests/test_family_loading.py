@@ -320,7 +320,7 @@ def processor_of(repo: Path) -> list[str]:
     except (ImportError, ValueError) as error:  # those with videos need torchvision
         assert "torchvision" in str(error).lower()
         return [type(error).__name__]
-    parts = [getattr(processor, name, None) for name in ("image_processor", "tokenizer", "video_processor")]
+    parts = [getattr(processor, name, None) for name in ("image_processor", "video_processor")]
     return [type(part).__name__ for part in (processor, *parts)]
 
 
@@ -331,6 +331,7 @@ def test_processor_is_that_of_the_base(family, tmp_path):
     config = classes(family)[0].from_pretrained(base)
     repo = build_repo(config, tmp_path / "repo", processor_dir=base)
     assert processor_of(repo) == processor_of(base)
+    # Of LLaVA's tokenizer, the class that is declared is another one: see `build_repo`.
     ours, theirs = AutoTokenizer.from_pretrained(repo), AutoTokenizer.from_pretrained(base)
     for text in TEXTS:
         assert ours(text)["input_ids"] == theirs(text)["input_ids"], text
