@@ -27,8 +27,8 @@ from shortv_hf.calibration_data import Case, encode
 from shortv_hf.chat import count_prefill_flops, load
 from shortv_hf.flops import flops_ratio, prefill_flops
 from shortv_hf.layer_contribution import joint_kl, to_device
+from shortv_hf.reduction import METHODS, ModelSizes, parse_visual_reduction
 from shortv_hf.upstream import find_cache
-from shortv_hf.visual_reduction import METHODS, ModelSizes, parse_visual_reduction
 
 
 def candidates(method: str, sizes: ModelSizes, v: int) -> list[dict]:

@@ -75,7 +75,7 @@ class Bench:
         self.dynamic = dynamic
         self.compile_options = compile_options(device, dynamic)
         self.stock, self.shortv = build_models(subject.config, device, dtype)
-        self.n_layers = subject.config.text_config.num_hidden_layers
+        self.n_layers = subject.config.get_text_config().num_hidden_layers
         self._compiled = {}
 
     def reset_compiled(self):

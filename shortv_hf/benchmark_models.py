@@ -44,7 +44,7 @@ class Subject:
         """`n` layers to freeze: those of the config in their order, then the others from the last to the first (the
         paper prints no more; which layers they are does not change the cost). Raises `ValueError` if `n` is not valid.
         """
-        n_layers = self.config.text_config.num_hidden_layers
+        n_layers = self.config.get_text_config().num_hidden_layers
         if not 1 <= n <= n_layers:
             raise ValueError(
                 f"--num-layers is {n}; the model has {n_layers} layers, so the valid range is 1 to {n_layers}"

@@ -1,6 +1,6 @@
 """Answers of a model about images: one at a time, compared with the dense model, or in a conversation with its cache.
 
-Used by `shortv chat`. Works with every model this package loads: ShortV repos and original LLaVA checkpoints.
+Used by `shortv chat`. Works with every model this package loads: ShortV repos and original checkpoints.
 """
 
 import statistics
@@ -17,26 +17,19 @@ from transformers import AutoProcessor, DynamicCache, PretrainedConfig, PreTrain
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.hub import cached_file
 
-from .configuration_shortv import ShortVLlavaConfig, ShortVLlavaNextConfig
+from .cache import KeptLayer
 from .images import to_rgb
 from .model_card import is_hub_id
-from .modeling_shortv import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
+from .modeling_shortv import MODELS
 from .prompts import user_message
-from .upstream import CACHE
-from .visual_cache import ReducedLayer
-
-
-MODEL_CLASSES = (
-    (ShortVLlavaConfig, ShortVLlavaForConditionalGeneration),
-    (ShortVLlavaNextConfig, ShortVLlavaNextForConditionalGeneration),
-)
+from .upstream import CACHE, visual_token_ids
 
 
 def model_classes(model: str, **hub_kwargs) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
     """Config and model class for a ShortV repo or an original checkpoint (Hub id or directory); loads no weights.
 
     Raises:
-        ValueError: if it is neither LLaVA-1.5 nor LLaVA-NeXT.
+        ValueError: if it is of a family that has no ShortV class.
         OSError: if it cannot be found.
     """
     if not is_hub_id(str(model)) and not Path(model).expanduser().exists():
@@ -48,10 +41,17 @@ def model_classes(model: str, **hub_kwargs) -> tuple[type[PretrainedConfig], typ
             )
         raise ValueError(f"{model} holds no config.json, so it is neither a checkpoint nor a ShortV repo")
     model_type = PretrainedConfig.get_config_dict(model, **hub_kwargs)[0].get("model_type")
-    for config_class, model_class in MODEL_CLASSES:
+    for model_class in MODELS:
+        config_class = model_class.config_class
         if model_type in (config_class.model_type, config_class.base_model_type):
             return config_class, model_class
-    raise ValueError(f"{model} has model_type {model_type!r}; ShortV supports LLaVA-1.5 and LLaVA-NeXT")
+    supported = ", ".join(model_class.config_class.base_model_type for model_class in MODELS)
+    raise ValueError(f"{model} has model_type {model_type!r}; ShortV has classes for {supported}")
+
+
+def visual_mask(config: PretrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
+    """Where `input_ids` hold placeholders of images and videos, bool of the same shape."""
+    return torch.isin(input_ids, torch.tensor(list(visual_token_ids(config).values()), device=input_ids.device))
 
 
 def place(device: str) -> str:
@@ -185,7 +185,7 @@ def _crop(cache: DynamicCache, lengths: list[tuple[int, ...]]) -> bool:
             added = layer.get_seq_length() - before[0]
             if added:
                 layer.crop(-added)
-            if isinstance(layer, ReducedLayer):
+            if isinstance(layer, KeptLayer):
                 layer.check_stored()
     except (ValueError, RuntimeError):
         return False
@@ -275,7 +275,7 @@ class Conversation:
             time_to_first_token=stream.first_token,
             time_per_output_token=(total - stream.first_token) / (len(token_ids) - 1) if len(token_ids) > 1 else None,
             prompt_tokens=inputs["input_ids"].shape[1],
-            visual_tokens=int((inputs["input_ids"] == self.model.config.image_token_id).sum()),
+            visual_tokens=int(visual_mask(self.model.config, inputs["input_ids"]).sum()),
         )
 
     def _encode(self, messages: list[dict]) -> dict:
@@ -298,8 +298,7 @@ class Conversation:
             n = min(self._cache.get_seq_length(), ids.shape[1] - 1)
             same = (self._ids[0, :n] == ids[0, :n]).long().cumprod(0)
             common = int(same.sum())
-            image = self.model.config.image_token_id
-            if not (self._ids[0, common:] == image).any():
+            if not visual_mask(self.model.config, self._ids[0, common:]).any():
                 try:
                     if common < self._cache.get_seq_length():  # a template can rewrite, a text be cut otherwise
                         self._was_cut = True

@@ -18,9 +18,9 @@ from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundErro
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from . import __version__
-from .chat import MODEL_CLASSES
 from .hub import code_files, find_code
 from .model_card import is_commit, is_hub_id
+from .modeling_shortv import MODELS
 
 
 ALLOWED_IMPORTS = {"torch", "transformers"}
@@ -129,7 +129,7 @@ def _read_config(folder: Path) -> dict:
 
 def _check_config(folder: Path) -> str:
     raw = _read_config(folder)
-    for config_class, _ in MODEL_CLASSES:
+    for config_class in (model_class.config_class for model_class in MODELS):
         if raw.get("model_type") == config_class.model_type:
             config = config_class.from_pretrained(folder)
             break
@@ -137,7 +137,7 @@ def _check_config(folder: Path) -> str:
         raise ValueError(f"model_type is {raw.get('model_type')!r}, which is not ShortV's")
     if raw.get("auto_map") != config.to_dict()["auto_map"]:
         raise ValueError("auto_map does not name ShortV's classes in this repo's own files")
-    return f"{config.model_type}, layers {config.shortv_layers} of {config.text_config.num_hidden_layers} frozen"
+    return f"{config.model_type}, layers {config.shortv_layers} of {config.get_text_config().num_hidden_layers} frozen"
 
 
 def _check_base(folder: Path, without_weights: bool) -> str:

@@ -53,7 +53,7 @@ def _parse_layers(layers: str) -> list[int]:
 
 def _parse_reduction(reduction: str | None) -> dict:
     """The config field that a --reduction option sets, as keyword arguments."""
-    from .visual_reduction import visual_reduction_from_text
+    from .reduction import visual_reduction_from_text
 
     return {} if reduction is None else {"visual_reduction": visual_reduction_from_text(reduction)}
 
@@ -278,7 +278,9 @@ def flops(
     ratio = flops_ratio(text_tokens, visual_tokens, config, kept=kept)
     name = "ShortV" if config.visual_reduction is None else f"ShortV + {config.visual_reduction['method']}"
     table.add_row("dense", "0", f"{dense / scale:.3f}", "100.0%")
-    table.add_row(name, f"{n} of {config.text_config.num_hidden_layers}", f"{sparse / scale:.3f}", f"{ratio:.1%}")
+    table.add_row(
+        name, f"{n} of {config.get_text_config().num_hidden_layers}", f"{sparse / scale:.3f}", f"{ratio:.1%}"
+    )
     Console().print(table)
 
 
@@ -509,7 +511,7 @@ def vtw_k(
     model = _choose_model(model, model_option)
     data = _choose_data(data, model)
     loaded, processor = chats.load(model, None, device, dtype)
-    n_layers = loaded.config.text_config.num_hidden_layers
+    n_layers = loaded.config.get_text_config().num_hidden_layers
     first_layer_below({}, max_kl, n_layers)  # refuses a bad limit before the passes
     found = withdrawal_divergences(loaded, calibration_data.load_samples(data, processor, samples, seed), kl=kl)
     for layer, value in found.items():

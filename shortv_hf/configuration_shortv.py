@@ -32,8 +32,18 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from .reduction import ModelSizes, parse_visual_reduction
+from .reduction_downsample import Downsample
+from .reduction_fastv import FastV
+from .reduction_prumerge import PruMerge, PruMergePlus
+from .reduction_random import RandomSubset
+from .reduction_vtc_cls import VTCCLS
+from .reduction_vtw import VTW
 from .upstream import has_tied_head, inherit_tables
-from .visual_reduction import ModelSizes, parse_visual_reduction
+
+
+# What `config.visual_reduction` can name: methods are known from here on.
+REDUCTIONS = (Downsample, FastV, PruMerge, PruMergePlus, RandomSubset, VTCCLS, VTW)
 
 
 SHORTV_FIELDS = ("shortv_layers", "visual_reduction", "base_model_name_or_path", "base_model_revision")

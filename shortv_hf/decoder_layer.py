@@ -3,124 +3,154 @@
 In a frozen layer
     hidden states of visual tokens pass through unchanged;
     K and V are computed for all tokens, and cached in natural order;
-    Q, attention output, `o_proj`, `post_attention_layernorm` and the FFN are computed for text tokens only, which
-    attend to exactly the keys that the causal mask allows them.
+    Q, attention output, `o_proj`, norms and the FFN are computed for text tokens only, which attend to exactly the keys
+    that the causal mask allows them.
 
 The cost falls from `2(t+v)(4h+3m)h + 4(t+v)²h` FLOPs (Eq. 3) to `2t(4h+3m)h + 4vh² + 4t(t+v)h` (Eq. 4).
 
-Which tokens are text is in a [`FreezePlan`], which the model builds once per forward pass and hands to its layers. A
-layer without a plan (a dense layer, a text-only prompt, every decoding step) is the parent class's forward. The
-`Reduction…Mixin`s, which drop tokens between layers, are another matter: `visual_tokens.py`.
+So a frozen layer is the *stock* layer, called with the rows of the text tokens, around an attention whose keys and values
+come from all rows. The layers are upstream's own objects: [`graft`] puts these forwards before those of their classes,
+which keep their names, and no part of upstream's is built or copied here. Which tokens are text is in the [`Plan`] of the
+pass (`plan.py`). A layer without one (a text-only prompt, every decoding step) or that it does not name runs upstream's
+forward and nothing else.
 """
 
+from functools import cache
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    repeat_kv,
-    rotate_half,
-)
-from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2DecoderLayer
 
-from .freeze_plan import FreezePlan
-from .upstream import argument, find_cache, update_cache
-from .visual_tokens import ReductionAttentionMixin, ReductionDecoderLayerMixin
+from .plan import Plan, Stream
+from .rows import Rows
+from .upstream import argument, eager_attention, find_cache, rotate, update_cache
 
 
-class ShortVAttentionMixin:
-    """Modifications: given a plan, only text tokens are queries. The submodules are called as the parent calls them,
-    so quantized linears, adapters, tensor-parallel shards and hooks keep working."""
+class FrozenRows:
+    """What a frozen layer tells its attention: the `plan`, the `rows` that are computed, and the normed `states`
+    `[B, S, h]` of all tokens."""
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        *args,
-        freeze_plan: FreezePlan | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`hidden_states` `[B, S, h]` → attention output of the text tokens `[B, T, h]`, and with `eager` the
-        attention weights `[B, heads, S, keys]`, which are 0 in the rows of frozen tokens."""
-        if freeze_plan is None:
-            return super().forward(hidden_states, *args, **kwargs)
-
-        def heads(states):
-            return states.view(*states.shape[:-1], -1, self.head_dim).transpose(1, 2)
-
-        position_embeddings = argument(kwargs, "position_embeddings")
-        query = heads(self.q_proj(freeze_plan.select_text(hidden_states)))
-        key = heads(self.k_proj(hidden_states))
-        value = heads(self.v_proj(hidden_states))
-        key = apply_rotary(key, *position_embeddings)
-        query = apply_rotary(query, *freeze_plan.text_position_embeddings(position_embeddings))
-
-        cache = find_cache(kwargs)
-        if cache is not None:
-            key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
-
-        # SDPA with an explicit mask whatever the model's implementation: there are fewer queries than keys, and kernels
-        # do not agree on how `is_causal` aligns the two. Eager is the one that returns attention weights.
-        attend = self._attend_eager if self.config._attn_implementation == "eager" else self._attend_sdpa
-        given_mask = argument(kwargs, "attention_mask")
-        mask = freeze_plan.text_mask(self, given_mask, key, cache is not None, argument(kwargs, "position_ids"))
-        output, weights = attend(query, key, value, mask, freeze_plan)
-        return self.o_proj(output.reshape(*output.shape[:2], -1)), weights
-
-    def _attend_sdpa(self, query, key, value, mask, freeze_plan):
-        dropout = self.attention_dropout if self.training else 0.0
-        sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return sdpa(self, query, key, value, mask, dropout=dropout, scaling=self.scaling, is_causal=False)
-
-    def _attend_eager(self, query, key, value, mask, freeze_plan):
-        key, value = (repeat_kv(states, self.num_key_value_groups) for states in (key, value))
-        scores = query @ key.transpose(2, 3) * self.scaling + mask
-        weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
-        weights = nn.functional.dropout(weights, self.attention_dropout, self.training)
-        weights = freeze_plan.expand_rows(weights)  # before their use, so that gradients reach what is returned
-        return (freeze_plan.select_rows(weights) @ value).transpose(1, 2), weights
+    def __init__(self, plan: Plan, rows: Rows, states: Tensor):
+        self.plan, self.rows, self.states = plan, rows, states
 
 
 class ShortVDecoderLayerMixin:
     """Modifications: given a plan that names this layer, visual tokens skip it."""
 
-    def forward(
-        self, hidden_states: torch.Tensor, *args, freeze_plan: FreezePlan | None = None, **kwargs
-    ) -> torch.Tensor:
-        """`hidden_states` `[B, S, h]` → `[B, S, h]`, out of place."""
-        if freeze_plan is None or self.self_attn.layer_idx not in freeze_plan.layers:
+    def forward(self, hidden_states: Tensor, *args: Any, plan: Plan | None = None, **kwargs: Any) -> Any:
+        """`hidden_states` `[B, S, h]` → `[B, S, h]`, out of place; in a tuple where upstream's layer returns one."""
+        if plan is None:
             return super().forward(hidden_states, *args, **kwargs)
+        hidden_states, kwargs, rows = plan.enter(self.self_attn, hidden_states, kwargs)
+        looks = plan.stream is not None and plan.stream.looks_in(self.self_attn.layer_idx)
+        states = self.input_layernorm(hidden_states) if looks or rows is not None else None
+        if rows is None:
+            output = super().forward(hidden_states, *args, **kwargs)
+        else:
+            frozen = FrozenRows(plan, rows, states)
+            output = super().forward(rows.select(hidden_states), *args, **{**kwargs, "plan": frozen})
+            if isinstance(output, tuple):
+                output = rows.write(hidden_states, output[0]), *output[1:]
+            else:
+                output = rows.write(hidden_states, output)
+        if looks:
+            self.self_attn.let_last_token_choose(plan.stream, states, kwargs)
+        return output
 
-        text = freeze_plan.select_text(hidden_states)
-        attention_output, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states), freeze_plan=freeze_plan, **kwargs
+
+class ShortVAttentionMixin:
+    """Modifications: given rows, only they are queries. The submodules are called as upstream calls them, so quantized
+    linears, adapters, tensor-parallel shards and hooks keep working."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, plan: FrozenRows | None = None, **kwargs: Any) -> Any:
+        """`hidden_states` of the rows, normed, `[B, T, h]` → attention output `[B, T, h]`, and with `eager` the attention
+        weights `[B, heads, S, keys]`, which are 0 in the rows of frozen tokens."""
+        if plan is None:
+            return super().forward(hidden_states, *args, **kwargs)
+        frozen, rows, states = plan.plan, plan.rows, plan.states
+        tables = argument(kwargs, "position_embeddings")
+        mask = frozen.mask(self, rows, kwargs, states)
+        query = rotate(self, self._heads("q", hidden_states), frozen.rotary(self, rows, tables))
+        key, value = rotate(self, self._heads("k", states), tables), self._heads("v", states)
+        cached = find_cache(kwargs)
+        if cached is not None:
+            key, value = update_cache(cached, key, value, self.layer_idx, kwargs)
+
+        # SDPA with an explicit mask whatever the model's implementation: there are fewer queries than keys, and kernels
+        # do not agree on how `is_causal` aligns the two. Eager is the one that returns attention weights, and knows what
+        # a family does to its logits.
+        eager = self.config._attn_implementation == "eager"
+        attend = eager_attention(self) if eager else ALL_ATTENTION_FUNCTIONS["sdpa"]
+        options = {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
+        if getattr(self, "attn_logit_softcapping", None):
+            options["softcap"] = self.attn_logit_softcapping
+        output, weights = attend(self, query, key, value, mask, is_causal=False, **options)
+        if weights is not None:
+            weights = rows.spread(weights, states.shape[1])
+            if weights.requires_grad:  # gradients reach what is returned
+                value = value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
+                output = (rows.select(weights.transpose(0, 1)).transpose(0, 1) @ value).transpose(1, 2)
+        return self.o_proj(output.reshape(*output.shape[:2], -1)), weights
+
+    def _heads(self, name: str, states: Tensor) -> Tensor:
+        """Queries, keys or values `[B, heads, n, d]` of normed `states` `[B, n, h]`, before their rotation."""
+        states = getattr(self, f"{name}_proj")(states)
+        states = states.view(*states.shape[:-1], -1, self.head_dim)
+        norm = getattr(self, f"{name}_norm", None)
+        return (states if norm is None else norm(states)).transpose(1, 2)
+
+    @torch.no_grad()
+    def let_last_token_choose(self, stream: Stream, states: Tensor, kwargs: dict):
+        """Rank visual tokens by the last row of this attention, which has just run on the normed `states` `[B, S, h]`.
+        Its keys are in the cache; without one they are computed once more, 0.1 % of a 7B prefill."""
+        tables = argument(kwargs, "position_embeddings")
+        last = tuple(stream.last.select(part) for part in tables)
+        query = rotate(self, self._heads("q", stream.last.select(states)), last)
+        held = stream.held(self.layer_idx)
+        key = rotate(self, self._heads("k", states), tables) if held is None else held.keys
+        stream.choose(self, query, key, kwargs)
+
+
+class Grafted:
+    """Modifications: an object whose class was made by [`graft`] is pickled as the stock class and the mixins."""
+
+    def __reduce_ex__(self, protocol):
+        kind = type(self)
+        return _rebuild, (kind.stock_class, kind.mixins), self.__dict__
+
+
+def _rebuild(stock_class: type, mixins: tuple[type, ...]) -> nn.Module:
+    made = grafted_class(stock_class, *mixins)
+    return made.__new__(made)
+
+
+@cache
+def grafted_class(stock_class: type, *mixins: type) -> type:
+    """The `stock_class` with `mixins` before it, under its own name: upstream tells classes apart by their names (layers
+    that must not be split over devices, outputs to be recorded)."""
+    names = {name: getattr(stock_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(stock_class)(
+        stock_class.__name__, (Grafted, *mixins, stock_class), {**names, "stock_class": stock_class, "mixins": mixins}
+    )
+
+
+def graft(module: nn.Module, *mixins: type):
+    """Put the forwards of `mixins` before the module's own. Its parts, weights and hooks stay; it is pickled and copied
+    as before; `repr` shows the stock name.
+
+    Raises:
+        ValueError: the module has a forward of its own, which would go before its class's.
+    """
+    if all(isinstance(module, mixin) for mixin in mixins):
+        return
+    own = vars(module).get("forward")
+    if getattr(own, "__func__", None) is type(module).forward:
+        del module.forward  # 4.57 leaves it behind when it has recorded outputs
+    elif own is not None and "_old_forward" not in vars(module):
+        raise ValueError(
+            f"{type(module).__name__} has a forward of its own on the instance: nothing can be put before it"
         )
-        text = text + attention_output
-        text = text + self.mlp(self.post_attention_layernorm(text))
-        return freeze_plan.write_text(hidden_states, text)
-
-
-def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding of `states` `[B, heads, n, d]` with `cos` and `sin` `[B or 1, n, d]`; upstream's function takes
-    queries and keys of one length."""
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    return states * cos + rotate_half(states) * sin
-
-
-class ShortVLlamaAttention(ReductionAttentionMixin, ShortVAttentionMixin, LlamaAttention): ...
-
-
-class ShortVMistralAttention(ReductionAttentionMixin, ShortVAttentionMixin, MistralAttention): ...
-
-
-class ShortVQwen2Attention(ReductionAttentionMixin, ShortVAttentionMixin, Qwen2Attention): ...
-
-
-class ShortVLlamaDecoderLayer(ReductionDecoderLayerMixin, ShortVDecoderLayerMixin, LlamaDecoderLayer): ...
-
-
-class ShortVMistralDecoderLayer(ReductionDecoderLayerMixin, ShortVDecoderLayerMixin, MistralDecoderLayer): ...
-
-
-class ShortVQwen2DecoderLayer(ReductionDecoderLayerMixin, ShortVDecoderLayerMixin, Qwen2DecoderLayer): ...
+    module.__class__ = grafted_class(type(module), *mixins)
+    if "_old_forward" in vars(module):  # accelerate's hooks call it
+        module._old_forward = type(module).forward.__get__(module)

@@ -12,14 +12,7 @@ model keep; ShortV layers freeze what is left. FastV's own cost, one row of atte
 
 from dataclasses import dataclass
 
-from .visual_reduction import (
-    DecoderReduction,
-    Downsample,
-    ImageReduction,
-    ModelSizes,
-    SelectingReduction,
-    parse_visual_reduction,
-)
+from .reduction import ModelSizes, StreamReduction, parse_visual_reduction
 
 
 @dataclass(frozen=True)
@@ -68,18 +61,13 @@ def layer_flops(t: int, v: int, config=None, *, frozen: bool = False, h: int | N
 
 
 def visual_tokens_of(config) -> int:
-    """Visual tokens of one picture: the vision tower's patches; of LLaVA-NeXT and OneVision those of an overview and 2 x 2
-    tiles, as in the paper's tables (newline tokens not counted). Gemma 3 has a fixed number, InternVL one per tile; the
-    Qwens keep an image's size, here 896 x 896 pixels."""
-    vision = config.vision_config
-    if hasattr(config, "mm_tokens_per_image"):
-        return config.mm_tokens_per_image
-    if hasattr(config, "downsample_ratio"):
-        return config.image_seq_length
-    if hasattr(vision, "spatial_merge_size"):
+    """Visual tokens of one picture: those of the vision tower; of models that cut images into tiles those of an overview
+    and 2 x 2 tiles, as in the paper's tables (newline tokens not counted). Models that keep an image's size have as many
+    as it asks for: here those of 896 x 896 pixels."""
+    sizes, vision = ModelSizes.of(config), config.vision_config
+    if sizes.patches is None:
         return (896 // (vision.patch_size * vision.spatial_merge_size)) ** 2
-    tiles = 5 if getattr(config, "image_grid_pinpoints", None) else 1
-    return tiles * (vision.image_size // vision.patch_size) ** 2
+    return (5 if sizes.tiled else 1) * sizes.patches
 
 
 def kept_visual_tokens(v: int, visual_reduction: dict | None, config=None, *, kept: int | None = None) -> int:
@@ -92,7 +80,7 @@ def kept_visual_tokens(v: int, visual_reduction: dict | None, config=None, *, ke
         ValueError: for a bad method or option, if `kept` is needed and missing, or if it is not in 0..v.
     """
     reduction = _parse(visual_reduction, v, config)
-    if kept is not None and (reduction is None or isinstance(reduction, DecoderReduction)):
+    if kept is not None and (reduction is None or isinstance(reduction, StreamReduction)):
         method = "no method" if reduction is None else reduction.method
         raise ValueError(f"kept is {kept}; with {method}, the options say how many visual tokens stay")
     if kept is not None:
@@ -101,25 +89,26 @@ def kept_visual_tokens(v: int, visual_reduction: dict | None, config=None, *, ke
         return kept
     if reduction is None:
         return v
-    if isinstance(reduction, DecoderReduction):
-        return reduction.count(v)
-    patches = ModelSizes.of(config).patches if hasattr(config, "vision_config") else v
-    if isinstance(reduction, Downsample):
-        return v // reduction.factor**2
-    if not isinstance(reduction, SelectingReduction) or v % patches:
+    left = reduction.left(v, _sizes(v, config))
+    if left is None:
         raise ValueError(
             f"how many of {v} visual tokens {reduction.method} keeps depends on the image: say how many are kept (--kept)"
         )
-    return reduction.token_num * (v // patches)
+    return left
 
 
 def _parse(visual_reduction, v, config, L=None):
     if visual_reduction is None:
         return None
+    return parse_visual_reduction(visual_reduction, _sizes(v, config, L))
+
+
+def _sizes(v, config, L=None) -> ModelSizes:
+    """Of a model; without a vision config, of one whose image makes v tokens, like LLaVA-1.5's."""
     if hasattr(config, "vision_config"):
-        return parse_visual_reduction(visual_reduction, ModelSizes.of(config))
+        return ModelSizes.of(config)
     L = L or (10**6 if config is None else config.get_text_config().num_hidden_layers)
-    return parse_visual_reduction(visual_reduction, ModelSizes(L, 24, "clip_vision_model", v, False, False))
+    return ModelSizes(L, 24, "clip_vision_model", v)
 
 
 def prefill_flops(
@@ -163,13 +152,9 @@ def prefill_flops(
     if not 0 <= N <= L:
         raise ValueError(f"N is {N}; the model has {L} layers, so the valid range is 0 to {L}")
     reduction = _parse(visual_reduction, v, config, L)
-    first = 0  # the first layer that sees fewer tokens
-    if reduction is not None and not isinstance(reduction, ImageReduction):
-        first = reduction.k
-        if shortv_layers is None and N:
-            raise ValueError(
-                f"{reduction.method} drops tokens at layer {first}: pass shortv_layers instead of N = {N}"
-            )
+    first = 0 if reduction is None else reduction.first_layer
+    if first and shortv_layers is None and N:
+        raise ValueError(f"{reduction.method} drops tokens at layer {first}: pass shortv_layers instead of N = {N}")
     left = kept_visual_tokens(v, visual_reduction, config, kept=kept)
     frozen_before = sum(layer < first for layer in shortv_layers or ())
 

@@ -33,7 +33,8 @@ from transformers.utils import logging
 
 from . import outputs
 from .flops import flops_ratio
-from .freeze_plan import FreezePlan
+from .plan import Plan
+from .upstream import text_model, visual_token_ids
 
 
 METRICS = ("lc", "greedy", "cosine", "random")
@@ -82,7 +83,7 @@ class LayerRanking:
 
     def layers_for(self, config: PretrainedConfig, num_layers: int) -> list[int]:
         """[`layers`] for a model with this config. Raises `ValueError` if it has another number of layers, too."""
-        n_layers = config.text_config.num_hidden_layers
+        n_layers = config.get_text_config().num_hidden_layers
         if n_layers != len(self.order):
             raise ValueError(f"the ranking is of a model with {len(self.order)} layers; this one has {n_layers}")
         return self.layers(num_layers)
@@ -154,7 +155,7 @@ def rank_layers(
     }
     if metric == "random":
         generator = random.Random(seed)
-        scores = [generator.random() for _ in range(model.config.text_config.num_hidden_layers)]
+        scores = [generator.random() for _ in range(model.config.get_text_config().num_hidden_layers)]
         return LayerRanking(scores=scores, order=_argsort(scores), **ranking)
 
     summary = _DataSummary(data)
@@ -261,7 +262,7 @@ def choose_by_kl(
 
 def check_budget(config, num_layers: int | None = None, flops_ratio: float | None = None, max_kl: float | None = None):
     """Raises `ValueError` for what no ranking of a model with this config can meet; before the ranking, not after."""
-    n_layers = config.text_config.num_hidden_layers
+    n_layers = config.get_text_config().num_hidden_layers
     if num_layers is not None and not 0 <= num_layers <= n_layers:
         raise ValueError(f"cannot freeze {num_layers} layers: the model has {n_layers}")
     if flops_ratio is not None and not 0 < flops_ratio <= 1:
@@ -311,13 +312,14 @@ def frozen_tokens(model: PreTrainedModel, layers: list[int], tokens: str = "visu
             plan = {}
 
             def build_plan(module, args, kwargs):
-                plan["current"] = FreezePlan.build(layers, ~_visual_mask(module.config, kwargs))
+                plan["current"] = Plan.build(layers, ~_visual_mask(module.config, kwargs))
 
             def give_plan(module, args, kwargs):
-                return args, {**kwargs, "freeze_plan": plan["current"]}
+                return args, {**kwargs, "plan": plan["current"]}
 
             def skip(module, args, kwargs, output):
-                return args[0] if args else kwargs["hidden_states"]
+                states = args[0] if args else kwargs["hidden_states"]
+                return (states, *output[1:]) if isinstance(output, tuple) else states
 
             for layer in (_layers(model)[i] for i in layers):
                 if tokens == "all":
@@ -350,23 +352,27 @@ class _Trace:
         self.padding_mask = sample.get("attention_mask")
         self.last = _last_positions(self.visual_mask, self.padding_mask)
         self.inputs, self.kwargs, self.plans = [], [], {}
+        self.output, self.between = (
+            None,
+            {},
+        )  # what the model adds behind a layer (Qwen3-VL: features to visual tokens)
 
         def keep(module, args, kwargs):
             kwargs = dict(kwargs)
-            self.inputs.append(args[0] if args else kwargs.pop("hidden_states"))
-            self.kwargs.append({name: value for name, value in kwargs.items() if name != "freeze_plan"})
+            states = args[0] if args else kwargs.pop("hidden_states")
+            if self.inputs and states is not self.output:
+                self.between[len(self.inputs) - 1] = states - self.output
+            self.inputs.append(states)
+            self.kwargs.append({name: value for name, value in kwargs.items() if name != "plan"})
 
         def keep_output(module, args, output):
-            self.output = output
+            self.output = _states(output)
 
-        handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self.layers]
-        handles.append(self.layers[-1].register_forward_hook(keep_output))
-        try:
-            with frozen_tokens(model, sorted(self.base), tokens):
-                model.model(**sample, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with frozen_tokens(model, sorted(self.base), tokens), ExitStack() as stack:
+            for layer in self.layers:  # behind the hooks that freeze
+                stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
+                stack.callback(layer.register_forward_hook(keep_output).remove)
+            model.model(**sample, use_cache=False)
         self.logits = self._head(self.output)
 
     def divergences(self, candidates: Iterable[int], dense: torch.Tensor, kl: str, batch: int) -> torch.Tensor:
@@ -394,23 +400,26 @@ class _Trace:
         return dict(zip(joined, self._head(states).split(len(self.visual_mask)), strict=True))
 
     def _run(self, index: int, states: torch.Tensor, frozen: bool) -> torch.Tensor:
-        if frozen and self.tokens == "all":
-            return states
         copies = len(states) // len(self.visual_mask)
-        kwargs = {name: _repeat(value, len(self.visual_mask), copies) for name, value in self.kwargs[index].items()}
-        return self.layers[index](states, freeze_plan=self._plan(copies) if frozen else None, **kwargs)
+        if not (frozen and self.tokens == "all"):
+            kwargs = {
+                name: _repeat(value, len(self.visual_mask), copies) for name, value in self.kwargs[index].items()
+            }
+            states = _states(self.layers[index](states, plan=self._plan(copies) if frozen else None, **kwargs))
+        added = self.between.get(index)
+        return states if added is None else states + added.to(states.device).repeat(copies, 1, 1)
 
-    def _plan(self, copies: int) -> FreezePlan | None:
+    def _plan(self, copies: int) -> Plan | None:
         if copies not in self.plans:
             frozen = self.visual_mask if self.tokens == "visual" else ~self.visual_mask
-            self.plans[copies] = FreezePlan.build(range(self.n_layers), frozen.repeat(copies, 1))
+            self.plans[copies] = Plan.build(range(self.n_layers), frozen.repeat(copies, 1))
         return self.plans[copies]
 
     def _head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits of the last positions, `[n, V]` float32."""
         last = self.last.repeat(len(states) // len(self.last)).to(states.device)
         states = states[torch.arange(len(states), device=states.device), last]
-        return self.model.lm_head(self.model.model.language_model.norm(states)).float()
+        return self.model.lm_head(text_model(self.model.model).norm(states)).float()
 
     def similarities(self) -> torch.Tensor:
         """Mean cosine similarity of input and output of each layer over its tokens: `[L, B]`; NaN without tokens."""
@@ -435,7 +444,7 @@ def _rank_greedily(model, summary, samples, tokens, kl, layers_per_batch):
         samples = () if samples is None else samples if hasattr(samples, "__len__") else list(samples)
         dense = [last_logits(model, summary.add(model, sample)).cpu() for sample in samples]
         scores, order = {}, []
-        left = list(range(model.config.text_config.num_hidden_layers))
+        left = list(range(model.config.get_text_config().num_hidden_layers))
         for _ in progress(range(len(left)), f"greedy, {tokens} tokens"):
             totals = torch.zeros(len(left), dtype=torch.float64)
             for sample, target in zip(samples, dense, strict=True):
@@ -520,10 +529,18 @@ def _visual_mask(config, inputs: dict) -> torch.Tensor:
         return inputs["visual_mask"].bool()
     if inputs.get("input_ids") is None:
         raise ValueError("samples with inputs_embeds need a visual_mask that says where the image features are")
-    mask = inputs["input_ids"] == config.image_token_id
-    encoded = (inputs.get("mm_encoder_outputs") or {}).get("image")  # what `generate` of 5.x passes instead of pixels
-    has_features = inputs.get("pixel_values") is not None or encoded is not None
-    return mask if has_features else torch.zeros_like(mask)
+    mask = torch.zeros_like(inputs["input_ids"], dtype=torch.bool)
+    encoded = inputs.get("mm_encoder_outputs") or {}  # what `generate` of 5.x passes instead of pixels
+    pixels = {"image": inputs.get("pixel_values"), "video": inputs.get("pixel_values_videos")}
+    for kind, placeholder in visual_token_ids(config).items():
+        if pixels[kind] is not None or encoded.get(kind) is not None:
+            mask = mask | (inputs["input_ids"] == placeholder)
+    return mask
+
+
+def _states(output) -> torch.Tensor:
+    """The hidden states that a layer returns, on 4.x in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _repeat(value, rows: int, copies: int):
@@ -546,7 +563,7 @@ def to_device(model: PreTrainedModel, sample: dict) -> dict:
 
 
 def _layers(model: PreTrainedModel) -> nn.ModuleList:
-    return model.model.language_model.layers
+    return text_model(model.model).layers
 
 
 def _check_model(model: PreTrainedModel):
@@ -566,7 +583,7 @@ def _describe_model(model: PreTrainedModel) -> dict:
         "revision": getattr(config, "_commit_hash", None) if own else config.base_model_revision,
         "architecture": type(model).__name__,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "num_hidden_layers": config.text_config.num_hidden_layers,
+        "num_hidden_layers": config.get_text_config().num_hidden_layers,
     }
 
 

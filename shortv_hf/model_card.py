@@ -98,7 +98,7 @@ def reference_card(
     base = base or config.base_model_name_or_path
     base_revision = base_revision or config.base_model_revision
     on_the_hub = is_hub_id(base)
-    n_layers, n_frozen = config.text_config.num_hidden_layers, len(config.shortv_layers)
+    n_layers, n_frozen = config.get_text_config().num_hidden_layers, len(config.shortv_layers)
     if of_the_paper and (base not in PAPER or n_frozen != {32: 19, 40: 24}.get(n_layers)):
         raise ValueError(f"the paper has no results for {base} with {n_frozen} of {n_layers} layers frozen")
     data = ModelCardData(
@@ -158,7 +158,11 @@ def demo_card(config: PretrainedConfig, name: str, results: dict, picture: str |
         ValueError: fields are missing, shares are not between 0 and 1, or the layers are not the config's.
     """
     _check_demo_results(results, config)
-    accuracy, n_layers, n_frozen = results["accuracy"], config.text_config.num_hidden_layers, len(config.shortv_layers)
+    accuracy, n_layers, n_frozen = (
+        results["accuracy"],
+        config.get_text_config().num_hidden_layers,
+        len(config.shortv_layers),
+    )
     columns = {
         "dense": "no layer frozen",
         "shortv": f"{n_frozen} of {n_layers} frozen",

@@ -1,140 +1,140 @@
-"""ShortV models: Hugging Face LLaVA-1.5 and LLaVA-NeXT with visual tokens frozen in the layers of `config.shortv_layers`.
+"""ShortV models: Hugging Face vision-language models with visual tokens frozen in the layers of `config.shortv_layers`.
 
-Reading order: `decoder_layer.py` (the idea), `freeze_plan.py` (which tokens), then this file (where the plan is made).
-Token reduction (`config.visual_reduction`): `visual_reduction.py` (the methods), `visual_tokens.py` (tokens leave the
-decoder), `visual_images.py` (features are cut before it).
+Reading order: `decoder_layer.py` (the idea), `plan.py` (which tokens), then this file (where the plan is made).
+Token reduction (`config.visual_reduction`): `reduction.py` (what a method is), `reduction_….py` (the methods), `plan.py`
+(tokens leave the decoder), `vision.py` (features are cut before it).
+
+Upstream's constructors build upstream's parts; ShortV's forwards are then grafted on them (`decoder_layer.py`).
 """
 
+import functools
 import inspect
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import partial
 from types import EllipsisType, MappingProxyType
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
-    AutoModel,
-    LlamaModel,
+    Gemma3ForConditionalGeneration,
+    Gemma3Model,
+    InternVLForConditionalGeneration,
+    InternVLModel,
     LlavaForConditionalGeneration,
     LlavaModel,
     LlavaNextForConditionalGeneration,
     LlavaNextModel,
-    MistralModel,
-    Qwen2Model,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionModel,
+    PreTrainedModel,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLModel,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLModel,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLModel,
 )
+from transformers.cache_utils import Cache
 from transformers.generation.configuration_utils import GenerationMode
-from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
-from transformers.models.llava_next.modeling_llava_next import LlavaNextMultiModalProjector
-from transformers.processing_utils import Unpack
-from transformers.utils import TransformersKwargs, logging
+from transformers.utils import logging
 
 from .base_weights import BaseWeightsMixin
+from .cache import is_shortened
 from .configuration_shortv import (
+    ShortVGemma3Config,
+    ShortVInternVLConfig,
     ShortVLlavaConfig,
     ShortVLlavaNextConfig,
+    ShortVLlavaOnevisionConfig,
+    ShortVQwen2_5_VLConfig,
+    ShortVQwen2VLConfig,
+    ShortVQwen3VLConfig,
+    validate_settings,
     validate_shortv_layers,
     validate_visual_reduction,
 )
-from .decoder_layer import (
-    ShortVLlamaAttention,
-    ShortVLlamaDecoderLayer,
-    ShortVMistralAttention,
-    ShortVMistralDecoderLayer,
-    ShortVQwen2Attention,
-    ShortVQwen2DecoderLayer,
-)
-from .freeze_plan import FreezePlan
+from .decoder_layer import ShortVAttentionMixin, ShortVDecoderLayerMixin, graft
+from .plan import Plan
+from .reduction import ImageReduction, ModelSizes, Reduction, is_dropped, parse_visual_reduction
+from .reduction_downsample import Downsample
+from .reduction_fastv import FastV
+from .reduction_prumerge import PruMerge
+from .reduction_random import RandomSubset
+from .reduction_vtc_cls import VTCCLS
+from .reduction_vtw import VTW
+from .rows import Rows
 from .upstream import (
     cached_lengths,
     check_cached,
     check_upstream,
     find_cache,
     image_features,
+    record_outputs,
     require_text_arguments,
     set_used_image_features,
+    text_model,
     used_image_features,
+    visual_token_ids,
     with_image_features,
 )
-from .visual_cache import is_reduced
-from .visual_images import listen, reduced_image_features
-from .visual_reduction import ImageReduction, ModelSizes, Reduction, parse_visual_reduction
-from .visual_tokens import TokenReduction, VisualTokens, is_dropped
+from .vision import listen, reduced_features
 
 
 logger = logging.get_logger(__name__)
+# Of a local directory, Transformers 4.57 copies what this file imports itself, and not what its imports import.
+COPIED_TOO = (Downsample, FastV, PruMerge, RandomSubset, Rows, VTCCLS, VTW)
 
 
 class ShortVTextModelMixin:
-    """Modifications: the decoder layers and their attention are the ShortV classes. The parent builds them, so the
-    parts and their initialisation are its own; a ShortV layer adds no parameter, only a forward. `visual_tokens` says
-    which tokens a reduction method may drop; outputs have zeros in their place."""
+    """Modifications: hands the plan of the pass to its layers. Outputs have zeros in place of tokens that were dropped."""
 
-    def __init__(self, config):
-        super().__init__(config)
-        for layer in self.layers:
-            layer.__class__ = self.decoder_layer_class
-            layer.self_attn.__class__ = self.attention_class
-
-    def forward(self, input_ids=None, *args, inputs_embeds=None, visual_tokens: VisualTokens | None = None, **kwargs):
-        cache, plan, reduction = find_cache(kwargs), kwargs.get("freeze_plan"), None
-        if visual_tokens is not None or is_reduced(cache):
+    def forward(self, input_ids=None, *args: Any, inputs_embeds=None, plan: Plan | None = None, **kwargs: Any) -> Any:
+        cache = find_cache(kwargs)
+        if plan is None:
+            if not is_shortened(cache):
+                return super().forward(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+            plan = Plan.of_a_step(input_ids if inputs_embeds is None else inputs_embeds)
+        if plan.needs_stream(cache):
             if args:
                 raise TypeError("with visual_reduction, arguments other than input_ids are given by name")
             if inputs_embeds is None:
-                input_ids, inputs_embeds = None, self.embed_tokens(input_ids)
-            given = kwargs.get("attention_mask"), kwargs.get("position_ids")
-            reduction = TokenReduction(visual_tokens, inputs_embeds, *given, cache)
-            inputs_embeds, kwargs["position_ids"] = reduction.inputs_embeds, reduction.position_ids
-            kwargs["reduction"] = reduction
-        if plan is None and reduction is None:
-            return super().forward(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+                input_ids, inputs_embeds = None, self.get_input_embeddings()(input_ids)
+            plan, inputs_embeds, kwargs = plan.with_stream(inputs_embeds, kwargs)
         # While training with checkpointing, upstream's layers leave the cache alone, and say so.
         checked = () if self.training and self.gradient_checkpointing else range(len(self.layers))
         before = cached_lengths(cache, checked)
-        output = super().forward(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-        check_cached(cache, output, before, reduction.length if plan is None else plan.chunk_length)
-        return output if reduction is None else reduction.restore(output)
+        output = super().forward(input_ids, *args, inputs_embeds=inputs_embeds, plan=plan, **kwargs)
+        check_cached(cache, output, before, plan.length)
+        return output if plan.stream is None else plan.stream.restore(output)
 
 
-class ShortVLlamaModel(ShortVTextModelMixin, LlamaModel):
-    decoder_layer_class = ShortVLlamaDecoderLayer
-    attention_class = ShortVLlamaAttention
-    _no_split_modules = ["ShortVLlamaDecoderLayer"]
+def _follow_plans(text: nn.Module):
+    """Make a stock text model one that follows plans."""
+    graft(text, ShortVTextModelMixin)
+    for layer in text.layers:
+        graft(layer, ShortVDecoderLayerMixin)
+        graft(layer.self_attn, ShortVAttentionMixin)
 
 
-class ShortVMistralModel(ShortVTextModelMixin, MistralModel):
-    decoder_layer_class = ShortVMistralDecoderLayer
-    attention_class = ShortVMistralAttention
-    _no_split_modules = ["ShortVMistralDecoderLayer"]
+# Types of the text models that the tests run on; others are tried first (`upstream.check_upstream`).
+TESTED_TEXT_MODELS = {
+    "gemma3_text",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen2_5_vl_text",
+    "qwen2_vl_text",
+    "qwen3",
+    "qwen3_vl_text",
+}
 
 
-class ShortVQwen2Model(ShortVTextModelMixin, Qwen2Model):
-    decoder_layer_class = ShortVQwen2DecoderLayer
-    attention_class = ShortVQwen2Attention
-    _no_split_modules = ["ShortVQwen2DecoderLayer"]
-
-
-TEXT_MODELS = {"llama": ShortVLlamaModel, "mistral": ShortVMistralModel, "qwen2": ShortVQwen2Model}
-
-
-def build_text_model(text_config) -> nn.Module:
-    """The ShortV text model for `text_config`. Raises `ValueError` if its architecture is not supported."""
-    if text_config.model_type not in TEXT_MODELS:
-        raise ValueError(
-            f"text_config.model_type is {text_config.model_type!r}; ShortV supports {', '.join(sorted(TEXT_MODELS))}"
-        )
-    model_class = TEXT_MODELS[text_config.model_type]
-    require_text_arguments(model_class)
-    check_upstream(model_class, text_config, FreezePlan.of_text)
-    return model_class._from_config(text_config)
-
-
-def without_ours(kwargs: dict) -> dict:
-    """Arguments for the vision tower: 5.24 hands it those of the whole forward, our plans among them."""
-    return {name: value for name, value in kwargs.items() if name not in ("freeze_plan", "visual_tokens")}
+def check_text_model(text: nn.Module):
+    """Raises `ValueError` if plans would not be followed right in a stock text model."""
+    require_text_arguments(type(text))
+    check_upstream(text, text.config.model_type in TESTED_TEXT_MODELS, _follow_plans, Plan.of_text)
 
 
 class _Block(dict):
@@ -150,18 +150,7 @@ _USING: ContextVar[dict[int, _Block]] = ContextVar("settings in use", default=Ma
 _OPEN: list[_Block] = []
 
 
-def with_signature_of(parents_method):
-    """`inspect.signature` of the method is the parent's: newer `generate` hands on only the arguments that it finds
-    there, and what it does not hand on is lost without a word."""
-
-    def decorate(method):
-        method.__signature__ = inspect.signature(parents_method)
-        return method
-
-    return decorate
-
-
-def check_images(pixel_values: torch.Tensor | None):
+def check_images(pixel_values: Tensor | None):
     """Raises `ValueError` if `pixel_values` are of no image at all."""
     if pixel_values is not None and len(pixel_values) == 0:
         raise ValueError(
@@ -196,8 +185,7 @@ class ShortVSettingsMixin:
         """
         used = _Block(self._block())
         if shortv_layers is not ...:
-            n_layers = self.config.text_config.num_hidden_layers
-            used["shortv_layers"] = validate_shortv_layers(shortv_layers, n_layers)
+            used["shortv_layers"] = validate_shortv_layers(shortv_layers, self._n_layers)
         if visual_reduction is not ...:
             used["visual_reduction"] = validate_visual_reduction(visual_reduction, self.config)
         token = _USING.set({**_USING.get(), id(self.config): used})
@@ -208,14 +196,17 @@ class ShortVSettingsMixin:
             _OPEN.remove(used)
             _USING.reset(token)
 
+    @property
+    def _n_layers(self) -> int:
+        return self.config.get_text_config().num_hidden_layers
+
     def set_shortv_layers(self, shortv_layers: list[int]):
         """Freeze visual tokens in these decoder layers from now on; `[]` is the dense model. No weight changes.
 
         Raises:
             ValueError: if an id is out of range, negative, duplicated or not an integer.
         """
-        n_layers = self.config.text_config.num_hidden_layers
-        self.config.shortv_layers = validate_shortv_layers(shortv_layers, n_layers)
+        self.config.shortv_layers = validate_shortv_layers(shortv_layers, self._n_layers)
 
     def set_visual_reduction(self, visual_reduction: dict | None):
         """Switch the visual-token reduction method; `None` turns it off. No weight changes.
@@ -226,66 +217,107 @@ class ShortVSettingsMixin:
         self.config.visual_reduction = validate_visual_reduction(visual_reduction, self.config)
 
 
+def _encoder(parents_method):
+    """`get_image_features` or `get_video_features`, of the same signature: newer `generate` hands on only the arguments
+    that it finds there, and what it does not hand on is lost without a word."""
+
+    @functools.wraps(parents_method)
+    def method(self, *args, **kwargs):
+        # 5.24 hands the arguments of the whole forward on to the vision tower, our plan among them.
+        kwargs = {name: value for name, value in kwargs.items() if name != "plan"}
+        check_images(args[0] if args else kwargs.get("pixel_values", kwargs.get("pixel_values_videos")))
+        if self.settings[1] is None:
+            return parents_method(self, *args, **kwargs)
+        return self._reduced(functools.partial(parents_method, self, *args, **kwargs))
+
+    return method
+
+
 class ShortVModelMixin(ShortVSettingsMixin):
-    """Modifications: `forward` finds the visual tokens and hands the text model a [`FreezePlan`] or, if a method reduces
-    them, [`VisualTokens`].
+    """Modifications: `forward` finds the visual tokens and hands the text model a [`Plan`].
 
     With frozen layers, `hidden_states` of visual tokens repeat through a frozen layer, and the `attentions` that `eager`
     returns, `[batch, heads, sequence, keys]` as upstream's, hold zeros in their rows. Where a reduction method dropped a
     token, outputs keep their shapes and hold zeros: hidden states, attentions to and from it, and so its logits.
     """
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        pixel_values: torch.FloatTensor | None = None,
-        *args,
-        inputs_embeds: torch.FloatTensor | None = None,
-        visual_mask: torch.Tensor | None = None,
-        skip_padding: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
-    ):
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if ShortVModelMixin in cls.__bases__:
+            parents_methods = super()
+            for name in ("get_image_features", "get_video_features"):
+                if hasattr(parents_methods, name):
+                    setattr(cls, name, _encoder(getattr(parents_methods, name)))
+
+    def __init__(self, config, *args: Any, **kwargs: Any):
+        validate_settings(config)
+        super().__init__(config, *args, **kwargs)
+        self.graft()
+
+    def graft(self):
+        """Make the parts that upstream built follow plans."""
+        text = text_model(self)
+        check_text_model(text)
+        _follow_plans(text)
+        listen(self)
+        parameters = inspect.signature(super().forward).parameters.values()
+        self._positional = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
+
+    def forward(self, *args: Any, visual_mask: Tensor | None = None, skip_padding: bool = False, **kwargs: Any) -> Any:
         """As the parent's, plus:
 
         visual_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*):
-            True at the positions that hold image features. Needed with `inputs_embeds` that already contain them;
-            otherwise the positions of the image token are used. If given, it decides what is frozen, and what FastV and
-            VTW may drop.
+            True at the positions that hold features of images or videos. Needed with `inputs_embeds` that already
+            contain them; otherwise the positions of the placeholders are used. If given, it decides what is frozen, and
+            what a method may drop in the decoder.
         skip_padding (`bool`, *optional*, defaults to `False`):
             Freeze padding as well, which changes no other token. `generate` asks for it: a batch of rows with and
             without images, or with images of different length, is mostly padding.
 
         Raises:
-            ValueError: if image tokens and image features do not match in number, `pixel_values` hold no image,
+            ValueError: if placeholders and features do not match in number, `pixel_values` hold no image,
                 `visual_mask` does not fit, or `visual_reduction` cannot work on such inputs.
         """
         layers, visual_reduction = self.settings
-        if layers or visual_reduction is not None:
-            check_images(pixel_values)
-            features = pixel_values is not None or (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None
-            visual_mask = self._get_visual_mask(input_ids, inputs_embeds, features, find_cache(kwargs), visual_mask)
-            reduction = None if visual_mask is None else self._active_reduction()
-            if reduction is not None:
-                if isinstance(reduction, ImageReduction) and not features and visual_mask.any():
-                    raise ValueError(
-                        f"{reduction.method} reduces images, and `inputs_embeds` hold their features already; pass "
-                        "`pixel_values`, or set visual_reduction to None"
-                    )
-                self.config.validate_shortv()  # the list can have been assigned since
-                tokens = VisualTokens(visual_mask, reduction, layers, skip_padding)
-                kwargs = {**kwargs, "visual_tokens": tokens}
-            elif visual_mask is not None and layers:
-                padding_mask = kwargs.get("attention_mask") if skip_padding else None
-                plan = self._build_plan(layers, visual_mask, padding_mask, pixel_values, kwargs)
-                kwargs = kwargs if plan is None else {**kwargs, "freeze_plan": plan}
-        if "visual_tokens" not in kwargs:
-            return super().forward(input_ids, pixel_values, *args, inputs_embeds=inputs_embeds, **kwargs)
+        if not layers and visual_reduction is None:
+            return super().forward(*args, **kwargs)
+        kwargs = {**dict(zip(self._positional, args, strict=False)), **kwargs}
+        plan = self._plan(layers, visual_mask, skip_padding, kwargs)
+        if plan is None or plan.reduction is None:
+            return super().forward(**kwargs, **({} if plan is None else {"plan": plan}))
         as_tuple = kwargs.pop("return_dict", None) is False
-        output = super().forward(input_ids, pixel_values, *args, inputs_embeds=inputs_embeds, **kwargs)
+        output = super().forward(**kwargs, plan=plan)
         features = used_image_features(output)
         if features is not None:
             set_used_image_features(output, features[~is_dropped(features)])
         return output.to_tuple() if as_tuple else output
+
+    def _plan(self, layers, visual_mask, skip_padding, kwargs) -> Plan | None:
+        """The plan of a pass with the parent's arguments `kwargs`; `None` if it holds no visual token to plan for."""
+        present = self._features_in(kwargs)
+        for name in ("pixel_values", "pixel_values_videos"):
+            check_images(kwargs.get(name))
+        visual_mask = self._visual_mask(kwargs, present, visual_mask)
+        if visual_mask is None:
+            return None
+        reduction = self._active_reduction()
+        padding = kwargs.get("attention_mask")
+        if torch.compiler.is_compiling() and reduction is None:
+            bound = self._max_text_tokens(visual_mask, present, kwargs)
+            return Plan.build(layers, visual_mask, padding if skip_padding else None, bound) if layers else None
+        validate_settings(self.config)  # the list can have been assigned since
+        if reduction is None:
+            return Plan.build(layers, visual_mask, padding if skip_padding else None) if layers else None
+        if isinstance(reduction, ImageReduction) and not present and visual_mask.any():
+            raise ValueError(
+                f"{reduction.method} reduces images, and `inputs_embeds` hold their features already; pass "
+                "`pixel_values`, or set visual_reduction to None"
+            )
+        if torch.is_tensor(padding) and padding.ndim == 2:
+            padding = padding[:, -visual_mask.shape[1] :]
+        else:
+            padding = None
+        return Plan(frozenset(layers), visual_mask, None, reduction, padding, skip_padding)
 
     def _active_reduction(self, select_strategy: str | None = None) -> Reduction | None:
         """The options of the reduction in force, or `None` if it changes nothing: the dense code runs then.
@@ -300,60 +332,66 @@ class ShortVModelMixin(ShortVSettingsMixin):
         reduction = parse_visual_reduction(options, sizes)
         return None if reduction.identity(sizes) else reduction
 
-    def _reduce_image_features(self, get_features: partial, image_sizes=None, return_dict=None):
-        """What `get_features()`, the parent's method, returns; under an [`ImageReduction`] with the features that it
-        leaves out marked (`visual_images.py`). The lists keep their lengths, those of the image tokens in a prompt.
+    def _reduced(self, encode: functools.partial) -> Any:
+        """What `encode()`, the parent's method, returns; under an [`ImageReduction`] with the features that it leaves out
+        marked (`vision.py`). The lists keep their lengths, those of the placeholders in a prompt.
 
         Raises:
-            ValueError: there are no images, or the call's `vision_feature_select_strategy` does not go with the method.
+            ValueError: the call's `vision_feature_select_strategy` does not go with the method.
         """
-        pixel_values, *others = get_features.args
-        check_images(pixel_values)
-        strategy = get_features.keywords.get("vision_feature_select_strategy")
-        if strategy is None:  # or given without its name
-            strategy = next((value for value in others if isinstance(value, str)), None)
-        reduction = self._active_reduction(strategy)
+        given = inspect.signature(encode.func).bind_partial(*encode.args, **encode.keywords).arguments
+        given = {**given, **given.pop("kwargs", {})}
+        reduction = self._active_reduction(given.get("vision_feature_select_strategy"))
         if not isinstance(reduction, ImageReduction):
-            return get_features() if return_dict is None else get_features(return_dict=return_dict)
+            return encode()
+        return_dict = encode.keywords.get("return_dict")
         outputs = []
 
-        def features():
-            outputs.append(get_features() if return_dict is None else get_features(return_dict=True))
+        def features() -> list[Tensor]:
+            outputs.append(encode() if return_dict is None else encode(return_dict=True))
             return image_features(outputs[0])
 
-        marked = reduced_image_features(self, reduction, features, image_sizes)
+        grid = next((given[name] for name in ("image_grid_thw", "video_grid_thw") if name in given), None)
+        marked = reduced_features(self, reduction, features, image_sizes=given.get("image_sizes"), grid_thw=grid)
         output = with_image_features(outputs[0], marked)
         return output.to_tuple() if return_dict is False else output
 
-    def _build_plan(self, layers, visual_mask, padding_mask, pixel_values, kwargs):
-        if torch.compiler.is_compiling():
-            bound = self._max_text_tokens(visual_mask, pixel_values, kwargs)
-            return FreezePlan.build(layers, visual_mask, padding_mask, bound)
-        self.config.validate_shortv()  # the list can have been assigned since
-        return FreezePlan.build(layers, visual_mask, padding_mask)
+    # Where the visual tokens are
 
-    def _image_token_mask(self, input_ids, inputs_embeds):
-        """Positions of the image token, `[B, S]` bool; among embeddings, those equal to its own."""
-        if input_ids is not None:
-            return input_ids == self.config.image_token_id
-        token = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(token)).all(-1)
+    def _features_in(self, kwargs: dict) -> list[str]:
+        """Of "image" and "video", those whose features come with the inputs."""
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        pixels = {"image": kwargs.get("pixel_values"), "video": kwargs.get("pixel_values_videos")}
+        return [kind for kind in pixels if pixels[kind] is not None or encoded.get(kind) is not None]
 
-    def _get_visual_mask(self, input_ids, inputs_embeds, has_features, cache, visual_mask):
-        """The positions that hold image features in this chunk, `[B, S]` bool, or `None` if there are none."""
+    def _placeholders(self, kinds, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """Positions of the placeholders of these kinds, `[B, S]` bool; among embeddings, those equal to their own."""
+        known = visual_token_ids(self.config)
+        masks = []
+        for kind in kinds:
+            if kind in known and input_ids is not None:
+                masks.append(input_ids == known[kind])
+            elif kind in known:
+                token = torch.full((), known[kind], dtype=torch.long, device=inputs_embeds.device)
+                masks.append((inputs_embeds == self.get_input_embeddings()(token)).all(-1))
+        return functools.reduce(torch.logical_or, masks)
+
+    def _visual_mask(self, kwargs: dict, present: list[str], visual_mask: Tensor | None) -> Tensor | None:
+        """The positions that hold features in this chunk, `[B, S]` bool, or `None` if there are none."""
+        input_ids, inputs_embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if visual_mask is not None:
             shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
             if visual_mask.shape != shape:
                 raise ValueError(f"visual_mask has shape {tuple(visual_mask.shape)}; the inputs need {tuple(shape)}")
             return visual_mask.to(torch.bool)
-        if has_features:
-            return self._image_token_mask(input_ids, inputs_embeds)
+        if present:
+            return self._placeholders(present, input_ids, inputs_embeds)
         if not torch.compiler.is_compiling():
-            self._warn_if_images_are_missing(input_ids, inputs_embeds, cache)
+            self._warn_if_images_are_missing(input_ids, inputs_embeds, find_cache(kwargs))
         return None
 
-    def _warn_if_images_are_missing(self, input_ids, inputs_embeds, cache):
-        """Prompts without image features are text. Say so where the caller may have meant something else."""
+    def _warn_if_images_are_missing(self, input_ids, inputs_embeds, cache: Cache | None):
+        """Prompts without features are text. Say so where the caller may have meant something else."""
         if input_ids is None:
             if inputs_embeds is not None and inputs_embeds.shape[1] > 1:
                 logger.warning_once(
@@ -361,43 +399,46 @@ class ShortVModelMixin(ShortVSettingsMixin):
                     "Pass `visual_mask` if the embeddings contain image features."
                 )
         elif input_ids.shape[1] > 1 and (cache is None or cache.get_seq_length() == 0):
-            if (input_ids == self.config.image_token_id).any():
+            if self._placeholders(("image", "video"), input_ids, None).any():
                 logger.warning_once(
                     "The prompt holds image tokens, but no image features were passed: they count as text."
                 )
 
-    def _max_text_tokens(self, visual_mask, pixel_values, kwargs) -> int:
-        """Upper bound of the text tokens per row that a compiled graph can know without a synchronisation: exact for
-        one row of LLaVA-1.5, whose images all have as many tokens as the CLIP tower has patches."""
+    def _max_text_tokens(self, visual_mask: Tensor, present: list[str], kwargs: dict) -> int:
+        """Upper bound of the text tokens per row that a compiled graph can know without a synchronisation: exact for one
+        row of LLaVA-1.5, whose images all have as many tokens as the CLIP tower has patches."""
         batch_size, length = visual_mask.shape
-        vision = self.config.vision_config
-        if (
-            batch_size > 1
-            or pixel_values is None
-            or pixel_values.ndim != 4
-            or vision.model_type != "clip_vision_model"
-        ):
+        pixels, sizes = kwargs.get("pixel_values"), ModelSizes.of(self.config)
+        if batch_size > 1 or present != ["image"] or pixels is None or pixels.ndim != 4:
             return length
-        per_image = (vision.image_size // vision.patch_size) ** 2
-        strategy = kwargs.get("vision_feature_select_strategy") or self.config.vision_feature_select_strategy
-        return length - pixel_values.shape[0] * (per_image + (strategy == "full"))
+        if sizes.patches is None or sizes.tiled or sizes.vision_type != "clip_vision_model":
+            return length
+        strategy = kwargs.get("vision_feature_select_strategy")
+        has_cls = ModelSizes.of(self.config, strategy).has_cls_feature
+        return length - pixels.shape[0] * (sizes.patches + has_cls)
 
-    def get_placeholder_mask(self, input_ids, inputs_embeds, image_features):
+    def get_placeholder_mask(self, input_ids, inputs_embeds, *args: Any, **kwargs: Any) -> Any:
         """As the parent's, with a check that no environment variable switches off."""
         if not torch.compiler.is_compiling():
-            n_tokens = int(self._image_token_mask(input_ids, inputs_embeds).sum())
-            n_features = image_features.numel() // image_features.shape[-1]
-            if n_tokens != n_features:
-                raise ValueError(
-                    f"image tokens and image features do not match: the prompt holds {n_tokens} image tokens (id "
-                    f"{self.config.image_token_id}), the images give {n_features} features"
-                )
-        return super().get_placeholder_mask(input_ids, inputs_embeds=inputs_embeds, image_features=image_features)
+            given = {**dict(zip(("image_features", "video_features"), args, strict=False)), **kwargs}
+            for kind in ("image", "video"):
+                features = given.get(f"{kind}_features")
+                if torch.is_tensor(features):
+                    self._check_placeholders(kind, input_ids, inputs_embeds, features)
+        return super().get_placeholder_mask(input_ids, inputs_embeds, *args, **kwargs)
+
+    def _check_placeholders(self, kind: str, input_ids, inputs_embeds, features: Tensor):
+        n_tokens = int(self._placeholders([kind], input_ids, inputs_embeds).sum())
+        n_features = features.numel() // inputs_embeds.shape[-1]
+        if n_tokens != n_features:
+            raise ValueError(
+                f"{kind} tokens and {kind} features do not match: the prompt holds {n_tokens} {kind} tokens (id "
+                f"{visual_token_ids(self.config)[kind]}), the {kind}s give {n_features} features"
+            )
 
 
-class ShortVGenerationMixin(ShortVSettingsMixin, BaseWeightsMixin):
-    """Modifications: weights can come from another repo (`base_weights.py`), and `generate` takes `visual_mask` beside
-    `inputs_embeds`."""
+class ShortVHeadMixin(ShortVSettingsMixin):
+    """Modifications: `generate` takes `visual_mask` beside `inputs_embeds`, and refuses what a method cannot do."""
 
     def _validate_model_kwargs(self, model_kwargs):
         super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "visual_mask"})
@@ -433,80 +474,185 @@ class ShortVGenerationMixin(ShortVSettingsMixin, BaseWeightsMixin):
         return inputs
 
 
+class ShortVGenerationMixin(ShortVHeadMixin, BaseWeightsMixin):
+    """Modifications: the model inside is the ShortV one, and weights can come from another repo (`base_weights.py`)."""
+
+    base_class: type[ShortVModelMixin]
+
+    def __init__(self, config, *args: Any, **kwargs: Any):
+        validate_settings(config)
+        super().__init__(config, *args, **kwargs)
+        self.model.__class__ = self.base_class
+        self.model.config = config  # some families give it a copy; settings are one
+        record_outputs(self.model)
+        self.model.graft()
+
+
 class ShortVLlavaModel(ShortVModelMixin, BaseWeightsMixin, LlavaModel):
-    """[`LlavaModel`] whose text model freezes visual tokens in `config.shortv_layers`."""
+    """[`LlavaModel`] that freezes visual tokens in `config.shortv_layers`."""
 
     config_class = ShortVLlavaConfig
-    _keys_to_ignore_on_load_unexpected = [r"lm_head"]
-
-    def __init__(self, config: ShortVLlavaConfig):
-        config.validate_shortv()
-        super(LlavaModel, self).__init__(config)  # the parent's parts, with another text model
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = LlavaMultiModalProjector(config)
-        self.language_model = build_text_model(config.text_config)
-        listen(self)
-        self.post_init()
-
-    @with_signature_of(LlavaModel.get_image_features)
-    def get_image_features(self, pixel_values, *args, return_dict=None, **kwargs):
-        """As the parent's; a method that cuts image features marks those it leaves out."""
-        get_features = partial(super().get_image_features, pixel_values, *args, **without_ours(kwargs))
-        return self._reduce_image_features(get_features, return_dict=return_dict)
 
 
 class ShortVLlavaForConditionalGeneration(ShortVGenerationMixin, LlavaForConditionalGeneration):
-    """[`LlavaForConditionalGeneration`] whose text model freezes visual tokens in `config.shortv_layers`."""
+    """[`LlavaForConditionalGeneration`] that freezes visual tokens in `config.shortv_layers`."""
 
-    config_class = ShortVLlavaConfig
-
-    def __init__(self, config: ShortVLlavaConfig):
-        super(LlavaForConditionalGeneration, self).__init__(config)
-        self.model = ShortVLlavaModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+    config_class, base_class = ShortVLlavaConfig, ShortVLlavaModel
 
 
 class ShortVLlavaNextModel(ShortVModelMixin, BaseWeightsMixin, LlavaNextModel):
-    """[`LlavaNextModel`] whose text model freezes visual tokens, `image_newline` included, in `config.shortv_layers`."""
+    """[`LlavaNextModel`] that freezes visual tokens in `config.shortv_layers`."""
 
     config_class = ShortVLlavaNextConfig
-    _keys_to_ignore_on_load_unexpected = [r"lm_head"]
-
-    def __init__(self, config: ShortVLlavaNextConfig):
-        config.validate_shortv()
-        super(LlavaNextModel, self).__init__(config)  # the parent's parts, with another text model
-        self.vision_tower = AutoModel.from_config(config.vision_config)
-        self.multi_modal_projector = LlavaNextMultiModalProjector(config)
-        embed_std = 1 / math.sqrt(config.text_config.hidden_size)
-        self.image_newline = nn.Parameter(torch.randn(config.text_config.hidden_size, dtype=self.dtype) * embed_std)
-        self.vocab_size = config.text_config.vocab_size
-        self.language_model = build_text_model(config.text_config)
-        listen(self)
-        self.post_init()
-
-    @with_signature_of(LlavaNextModel.get_image_features)
-    def get_image_features(self, pixel_values, image_sizes, *args, return_dict=None, **kwargs):
-        """As the parent's; a method that cuts image features marks those it leaves out."""
-        get_features = partial(super().get_image_features, pixel_values, image_sizes, *args, **without_ours(kwargs))
-        return self._reduce_image_features(get_features, image_sizes, return_dict)
 
 
 class ShortVLlavaNextForConditionalGeneration(ShortVGenerationMixin, LlavaNextForConditionalGeneration):
-    """[`LlavaNextForConditionalGeneration`] whose text model freezes visual tokens in `config.shortv_layers`."""
+    """[`LlavaNextForConditionalGeneration`] that freezes visual tokens in `config.shortv_layers`."""
 
-    config_class = ShortVLlavaNextConfig
+    config_class, base_class = ShortVLlavaNextConfig, ShortVLlavaNextModel
 
-    def __init__(self, config: ShortVLlavaNextConfig):
-        super(LlavaNextForConditionalGeneration, self).__init__(config)
-        self.model = ShortVLlavaNextModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
-        self.post_init()
+
+class ShortVLlavaOnevisionModel(ShortVModelMixin, BaseWeightsMixin, LlavaOnevisionModel):
+    """[`LlavaOnevisionModel`] that freezes visual tokens in `config.shortv_layers`."""
+
+    config_class = ShortVLlavaOnevisionConfig
+
+
+class ShortVLlavaOnevisionForConditionalGeneration(ShortVGenerationMixin, LlavaOnevisionForConditionalGeneration):
+    """[`LlavaOnevisionForConditionalGeneration`] that freezes visual tokens in `config.shortv_layers`."""
+
+    config_class, base_class = ShortVLlavaOnevisionConfig, ShortVLlavaOnevisionModel
+
+
+class ShortVQwen2VLModel(ShortVModelMixin, BaseWeightsMixin, Qwen2VLModel):
+    """[`Qwen2VLModel`] that freezes visual tokens in `config.shortv_layers`."""
+
+    config_class = ShortVQwen2VLConfig
+
+
+class ShortVQwen2VLForConditionalGeneration(ShortVGenerationMixin, Qwen2VLForConditionalGeneration):
+    """[`Qwen2VLForConditionalGeneration`] that freezes visual tokens in `config.shortv_layers`."""
+
+    config_class, base_class = ShortVQwen2VLConfig, ShortVQwen2VLModel
+
+
+class ShortVQwen2_5_VLModel(ShortVModelMixin, BaseWeightsMixin, Qwen2_5_VLModel):
+    """[`Qwen2_5_VLModel`] that freezes visual tokens in `config.shortv_layers`."""
+
+    config_class = ShortVQwen2_5_VLConfig
+
+
+class ShortVQwen2_5_VLForConditionalGeneration(ShortVGenerationMixin, Qwen2_5_VLForConditionalGeneration):
+    """[`Qwen2_5_VLForConditionalGeneration`] that freezes visual tokens in `config.shortv_layers`."""
+
+    config_class, base_class = ShortVQwen2_5_VLConfig, ShortVQwen2_5_VLModel
+
+
+class ShortVQwen3VLModel(ShortVModelMixin, BaseWeightsMixin, Qwen3VLModel):
+    """[`Qwen3VLModel`] that freezes visual tokens in `config.shortv_layers`."""
+
+    config_class = ShortVQwen3VLConfig
+
+
+class ShortVQwen3VLForConditionalGeneration(ShortVGenerationMixin, Qwen3VLForConditionalGeneration):
+    """[`Qwen3VLForConditionalGeneration`] that freezes visual tokens in `config.shortv_layers`."""
+
+    config_class, base_class = ShortVQwen3VLConfig, ShortVQwen3VLModel
+
+
+class ShortVInternVLModel(ShortVModelMixin, BaseWeightsMixin, InternVLModel):
+    """[`InternVLModel`] that freezes visual tokens in `config.shortv_layers`."""
+
+    config_class = ShortVInternVLConfig
+
+
+class ShortVInternVLForConditionalGeneration(ShortVGenerationMixin, InternVLForConditionalGeneration):
+    """[`InternVLForConditionalGeneration`] that freezes visual tokens in `config.shortv_layers`."""
+
+    config_class, base_class = ShortVInternVLConfig, ShortVInternVLModel
+
+
+class ShortVGemma3Model(ShortVModelMixin, BaseWeightsMixin, Gemma3Model):
+    """[`Gemma3Model`] that freezes visual tokens in `config.shortv_layers`."""
+
+    config_class = ShortVGemma3Config
+
+
+class ShortVGemma3ForConditionalGeneration(ShortVGenerationMixin, Gemma3ForConditionalGeneration):
+    """[`Gemma3ForConditionalGeneration`] that freezes visual tokens in `config.shortv_layers`."""
+
+    config_class, base_class = ShortVGemma3Config, ShortVGemma3Model
+
+
+MODELS = (
+    ShortVLlavaForConditionalGeneration,
+    ShortVLlavaNextForConditionalGeneration,
+    ShortVLlavaOnevisionForConditionalGeneration,
+    ShortVQwen2VLForConditionalGeneration,
+    ShortVQwen2_5_VLForConditionalGeneration,
+    ShortVQwen3VLForConditionalGeneration,
+    ShortVInternVLForConditionalGeneration,
+    ShortVGemma3ForConditionalGeneration,
+)
+
+
+def apply_shortv(
+    model: PreTrainedModel, shortv_layers: list[int], visual_reduction: dict | None = None
+) -> PreTrainedModel:
+    """Freeze visual tokens in these layers of a loaded Transformers vision-language model, in place: also of families that
+    have no ShortV class. The model keeps its class's name, its config gets the fields `shortv_layers` and
+    `visual_reduction`, and it gains `set_shortv_layers`, `set_visual_reduction` and `using`. What `save_pretrained`
+    writes is the stock model, to which this function is to be applied again.
+
+    Of an architecture that the tests do not run on, a small copy with random weights is tried first: a plan in which
+    every token is text must give what the stock layers give.
+
+    Args:
+        model: e.g. what `AutoModelForImageTextToText.from_pretrained` returned.
+        shortv_layers: the decoder layers to freeze; `[]` for none yet.
+        visual_reduction: as `config.visual_reduction`.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: it is no vision-language model, its layers do something else than this package knows of, or a
+            setting is not valid.
+    """
+    if isinstance(model, ShortVSettingsMixin):
+        model.set_shortv_layers(shortv_layers)
+        model.set_visual_reduction(visual_reduction)
+        return model
+    base = getattr(model, "model", None)
+    if not isinstance(base, PreTrainedModel) or not visual_token_ids(model.config):
+        raise ValueError(f"{type(model).__name__} is no vision-language model that this function knows how to change")
+    check_text_model(text_model(base))
+    shortv_layers = validate_shortv_layers(shortv_layers, model.config.get_text_config().num_hidden_layers)
+    visual_reduction = validate_visual_reduction(visual_reduction, model.config)
+    graft(base, ShortVModelMixin)
+    graft(model, ShortVHeadMixin)
+    base.config = model.config
+    model.config.shortv_layers, model.config.visual_reduction = shortv_layers, visual_reduction
+    base.graft()
+    return model
 
 
 __all__ = [
+    "ShortVGemma3ForConditionalGeneration",
+    "ShortVGemma3Model",
+    "ShortVInternVLForConditionalGeneration",
+    "ShortVInternVLModel",
     "ShortVLlavaForConditionalGeneration",
     "ShortVLlavaModel",
     "ShortVLlavaNextForConditionalGeneration",
     "ShortVLlavaNextModel",
+    "ShortVLlavaOnevisionForConditionalGeneration",
+    "ShortVLlavaOnevisionModel",
+    "ShortVQwen2VLForConditionalGeneration",
+    "ShortVQwen2VLModel",
+    "ShortVQwen2_5_VLForConditionalGeneration",
+    "ShortVQwen2_5_VLModel",
+    "ShortVQwen3VLForConditionalGeneration",
+    "ShortVQwen3VLModel",
+    "apply_shortv",
 ]

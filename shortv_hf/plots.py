@@ -63,7 +63,7 @@ def draw_frozen_layers(config: PretrainedConfig, output: str | Path, t: int, v: 
     Args:
         title: default "ShortV on" the base model or, for a model that holds its own weights, "this model".
     """
-    n_layers, frozen = config.text_config.num_hidden_layers, set(config.shortv_layers)
+    n_layers, frozen = config.get_text_config().num_hidden_layers, set(config.shortv_layers)
     scale = 2  # pixels per unit; drawn large so that it stays sharp
     font, small = ImageFont.load_default(15 * scale), ImageFont.load_default(11 * scale)
     height, margin, square, space = 200 * scale, 20 * scale, 12 * scale, 6 * scale

@@ -12,21 +12,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedModel, ProcessorMixin
 
+from .chat import visual_mask
 from .images import to_rgb
 from .plots import wrap_text
 from .prompts import user_message
+from .reduction import ImageReduction, ModelSizes, Patches, StreamReduction, TokenMap, parse_visual_reduction
 from .upstream import find_cache, image_features
-from .visual_images import VisionRecorder, places_of_patches
-from .visual_reduction import (
-    N_NEIGHBOURS,
-    DecoderReduction,
-    Downsample,
-    ImageReduction,
-    ModelSizes,
-    PruMerge,
-    parse_visual_reduction,
-    similarities,
-)
+from .vision import patches_of, token_maps
 
 
 ABSENT, DROPPED, REST, KEPT, MERGED = range(5)
@@ -50,11 +42,13 @@ class PatchFates:
         title: which tile, and how many patches are kept.
         states: `[N]`, one of ABSENT, DROPPED, REST, KEPT, MERGED.
         group: `[N]`, equal for patches that end up in one token; -1 for those in none, or in the token of the rest.
+        width: patches in a row; `None`: the tile is square.
     """
 
     title: str
     states: torch.Tensor
     group: torch.Tensor
+    width: int | None = None
 
 
 @torch.no_grad()
@@ -70,26 +64,36 @@ def patch_fates(model: PreTrainedModel, inputs: dict, options: dict | None) -> l
     if "pixel_values" not in inputs:
         raise ValueError("there is no image to draw on")
     reduction = parse_visual_reduction(options, ModelSizes.of(model.config))
-    n = ModelSizes.of(model.config).patches
-    tiles, places = [1], [torch.arange(n)]
-    if "image_sizes" in inputs:
-        tiles, places = places_of_patches(model.model, inputs["image_sizes"][:1], n)
-    place = places[0]
-    with model.using(visual_reduction=options):
-        if isinstance(reduction, (PruMerge, Downsample)):
-            states, group = _merged(model, inputs, reduction, n)
-        elif isinstance(reduction, ImageReduction):
-            images = {name: inputs[name][:1] for name in ("pixel_values", "image_sizes") if name in inputs}
-            features = model.get_image_features(**images)
-            kept = image_features(features)[0].isfinite().all(-1).cpu()
-            states, group = _selected(kept, place, tiles[0] * n)
-        else:
-            kept = _kept_in_decoder(model, inputs, reduction)[: len(place)]
-            states, group = _selected(kept, place, tiles[0] * n)
-    return [
-        PatchFates(_title(i, tiles[0], part, number), part, number)
-        for i, (part, number) in enumerate(zip(states.split(n), group.split(n), strict=True))
-    ]
+    images = _first_image(inputs)
+    sizes, grid = images.get("image_sizes"), images.get("image_grid_thw")
+
+    def features() -> list[torch.Tensor]:
+        with model.using(visual_reduction=None):
+            return image_features(model.get_image_features(**images))
+
+    if isinstance(reduction, ImageReduction):
+        _, found, _ = token_maps(model.model, reduction, features, sizes, grid)
+    else:
+        tokens = features()
+        (image,) = patches_of(model.model, tokens, sizes, grid)
+        with model.using(visual_reduction=options):
+            kept = _kept_in_decoder(model, inputs, reduction)[: len(tokens[0])]
+        found = [(image, TokenMap.keeping(kept))]
+    fates = []
+    for image, tokens in found:
+        states, group = _fates(image, tokens)
+        n = len(states) // image.tiles
+        for i, (part, number) in enumerate(zip(states.split(n), group.split(n), strict=True)):
+            fates.append(PatchFates(_title(i, image.tiles, part, number), part, number, image.width))
+    return fates
+
+
+def _first_image(inputs: dict) -> dict:
+    """The arguments of `get_image_features` for the first image alone."""
+    images = {name: inputs[name][:1] for name in ("pixel_values", "image_sizes", "image_grid_thw") if name in inputs}
+    if "image_grid_thw" in images:  # the patches of all images one after the other
+        images["pixel_values"] = inputs["pixel_values"][: int(images["image_grid_thw"].prod())]
+    return images
 
 
 def _title(tile, tiles, states, group):
@@ -100,18 +104,44 @@ def _title(tile, tiles, states, group):
     return f"{name}{int((states == KEPT).sum())} of {n} patches kept"
 
 
-def _selected(kept, place, n):
-    """Kept tokens `[tokens]` → states of `n` patches, by the patch that each token is."""
-    states = torch.full((n,), ABSENT)
-    patch = place >= 0
-    states[place[patch]] = torch.where(kept[patch], KEPT, DROPPED)
-    return states, torch.where(states == KEPT, torch.arange(n), -1)
+def _fates(image: Patches, tokens: TokenMap) -> tuple[torch.Tensor, torch.Tensor]:
+    """States and groups of an image's patches, tile after tile, from the map of its tokens.
+
+    A token that keeps a patch whole is that patch, and others are merged into it: into the one in whose list they come
+    first, if there are several. Where no token does, patches are averaged; a token of the rest is one beside others."""
+    per_tile = int(image.patch.max()) + 1 if image.height is None else image.height * image.width
+    places = (image.tile * per_tile + image.patch).cpu()
+    states = torch.full((image.tiles * per_tile,), ABSENT)
+    group = torch.full_like(states, -1)
+    there = image.patch.cpu() >= 0
+    states[places[there]] = DROPPED
+    target = tokens.target.cpu()
+    source = torch.arange(tokens.n) if tokens.source is None else tokens.source.cpu()
+    whole = torch.ones(len(source), dtype=torch.bool) if tokens.weight is None else tokens.weight.cpu() >= 1
+    seeds = {int(to): int(of) for of, to in zip(source[whole], target[whole], strict=True) if to >= 0}
+    averaging = not seeds and len(target.unique()) > 1
+    rank: dict[int, int] = {}
+    seen: dict[int, int] = {}
+    for of, to in zip(source.tolist(), target.tolist(), strict=True):
+        if to < 0 or not there[of] or of in seeds.values():
+            continue
+        position = seen[to] = seen.get(to, 0) + 1
+        if to not in seeds and not averaging:
+            if of not in rank:
+                states[places[of]] = REST
+        elif position < rank.get(of, tokens.n + 1):
+            rank[of] = position
+            states[places[of]], group[places[of]] = MERGED, to if averaging else places[seeds[to]]
+    for of in seeds.values():
+        if there[of]:
+            states[places[of]], group[places[of]] = KEPT, places[of]
+    return states, group
 
 
-def _kept_in_decoder(model, inputs, reduction: DecoderReduction | None):
+def _kept_in_decoder(model, inputs, reduction: StreamReduction | None):
     """Of the visual tokens in the row's prompt, which the last layer's cache holds."""
     cache = find_cache(model(**inputs, use_cache=True))
-    visual = (inputs["input_ids"][0] == model.config.image_token_id).cpu()
+    visual = visual_mask(model.config, inputs["input_ids"][0]).cpu()
     slots = getattr(cache.layers[-1], "slots", None)
     if slots is None:  # nothing was dropped
         return torch.ones(int(visual.sum()), dtype=torch.bool)
@@ -120,30 +150,11 @@ def _kept_in_decoder(model, inputs, reduction: DecoderReduction | None):
     return held[visual]
 
 
-def _merged(model, inputs, reduction, n):
-    if isinstance(reduction, Downsample):
-        side = round(n**0.5)
-        rows, columns = torch.arange(side) // reduction.factor, torch.arange(side) // reduction.factor
-        group = (rows[:, None] * (side // reduction.factor) + columns).flatten()
-        return torch.full((n,), MERGED), group
-    with model.using(visual_reduction=None), VisionRecorder(model.model, reduction) as recorder:
-        model.get_image_features(pixel_values=inputs["pixel_values"][:1])
-    (vision,) = recorder.attentions()
-    kept = reduction.kept_patches(vision.row(heads=1)[0])
-    states, group = torch.full((n,), REST), torch.full((n,), -1)
-    if len(kept):
-        similar = similarities(vision.keys[0, 1:], kept)
-        nearest = similar.topk(min(N_NEIGHBOURS, n - 1), dim=1).indices
-        near = torch.full_like(similar, float("-inf")).scatter(1, nearest, similar.gather(1, nearest))
-        best, into = near.max(0)  # of the kept patches that it is merged into, the most similar
-        merged = (best > float("-inf")).cpu()
-        states[merged], group[merged] = MERGED, kept[into].cpu()[merged]
-        states[kept.cpu()], group[kept.cpu()] = KEPT, kept.cpu()
-    return states, group
-
-
-def seen_pictures(inputs: dict, processor: ProcessorMixin) -> list[Image.Image]:
-    """What the model sees of the first image: one picture per tile, cropped, resized and padded as its pixels are."""
+def seen_pictures(inputs: dict, processor: ProcessorMixin, image: Image.Image) -> list[Image.Image]:
+    """What the model sees of the first `image`: one picture per tile, cropped, resized and padded as its pixels are; the
+    image itself where the processor cuts it into patches."""
+    if inputs["pixel_values"].ndim == 2:
+        return [to_rgb(image)]
     pixels = inputs["pixel_values"][0].float().cpu()
     pixels = pixels if pixels.ndim == 4 else pixels[None]
     image_processor = processor.image_processor
@@ -158,9 +169,10 @@ def draw_patches(picture: Image.Image, fates: PatchFates, size: int = 448) -> Im
     Outlines run inside the patches, where the next one has another fate or belongs to another group. Where patches are
     merged into others, each of those has a thicker frame of its own, and each group a colour.
     """
-    side = round(len(fates.states) ** 0.5)
-    cell = max(size // side, 4)
-    picture = picture.resize((cell * side, cell * side), Image.Resampling.LANCZOS)
+    width = fates.width or round(len(fates.states) ** 0.5)
+    height = len(fates.states) // width
+    cell = max(size // max(width, height), 4)
+    picture = picture.resize((cell * width, cell * height), Image.Resampling.LANCZOS)
     result = Image.blend(picture, Image.new("RGB", picture.size, VEIL), 0.75)
     draw = ImageDraw.Draw(result)
     states = fates.states.tolist()
@@ -169,7 +181,7 @@ def draw_patches(picture: Image.Image, fates: PatchFates, size: int = 448) -> Im
     into = [group for group, state in zip(groups, states, strict=True) if state == KEPT]
     colours = {group: _colour(number) for number, group in enumerate(into)} if merging else {}
     regions = {  # between patches that are equal here runs no outline
-        (i % side, i // side): fate for i, fate in enumerate(zip(states, groups, strict=True))
+        (i % width, i // width): fate for i, fate in enumerate(zip(states, groups, strict=True))
     }
     for (column, row), (state, group) in regions.items():
         x, y, end = column * cell, row * cell, cell - 1
@@ -183,8 +195,8 @@ def draw_patches(picture: Image.Image, fates: PatchFates, size: int = 448) -> Im
             result.paste(picture.crop((x, y, x + cell, y + cell)), (x, y))
             line = min(max(cell // 15, 1), 3) * (2 if merging and state == KEPT else 1)
             contrast = line + (cell > 16)  # a dark line beside the coloured one, for pictures of the same colour
-            for width, colour in ((contrast, VEIL), (line, colours.get(group, OUTLINE))):
-                spans = {-1: (0, width - 1), 0: (0, end), 1: (end - width + 1, end)}
+            for breadth, colour in ((contrast, VEIL), (line, colours.get(group, OUTLINE))):
+                spans = {-1: (0, breadth - 1), 0: (0, end), 1: (end - breadth + 1, end)}
                 for (dx, (left, right)), (dy, (top, bottom)) in product(spans.items(), repeat=2):
                     if regions.get((column + dx, row + dy)) != (state, group):
                         draw.rectangle((x + left, y + top, x + right, y + bottom), colour)
@@ -246,7 +258,8 @@ def draw_reduction(
 ) -> Path:
     """What `options` do with the patches of `image` under the question `prompt`; PNG.
 
-    FastV: what it keeps at its own layer, and what it would keep at every other; `progress` wraps the iteration.
+    Of a method that looks at the last token: what it keeps at its own layer, and what it would keep at every other;
+    `progress` wraps the iteration.
     """
     text = processor.apply_chat_template([user_message(prompt, [image], processor)], add_generation_prompt=True)
     inputs = dict(processor(text=text, images=[to_rgb(image)], return_tensors="pt").to(model.device))
@@ -255,12 +268,13 @@ def draw_reduction(
     if reduction is None:
         raise ValueError("there is no method to draw: pass one such as fastv:k=2,ratio=0.5")
     variants, titles = [options], [_describe(options)]
-    if options["method"] == "fastv":
-        others = [k for k in range(1, model.config.text_config.num_hidden_layers) if k != reduction.k]
+    if isinstance(reduction, StreamReduction) and reduction.needs_scores:
+        sizes = ModelSizes.of(model.config)
+        others = [k for k in range(max(sizes.deepstack, 1), sizes.decoder_layers) if k != reduction.k]
         variants += [{**options, "k": k} for k in others]
         titles += [f"if it were k = {k}" for k in others]
     panels = [patch_fates(model, inputs, variant) for variant in progress(variants)]
-    return draw_fates(seen_pictures(inputs, processor)[: len(panels[0])], panels, titles, output)
+    return draw_fates(seen_pictures(inputs, processor, image)[: len(panels[0])], panels, titles, output)
 
 
 def _describe(options: dict) -> str:

@@ -7,7 +7,7 @@ The classes are those of this package: no remote code is run.
 import transformers
 from transformers import PretrainedConfig
 
-from .chat import MODEL_CLASSES
+from .modeling_shortv import MODELS
 from .upstream import ON_4
 
 
@@ -36,12 +36,12 @@ def serve(repo: str, arguments: list[str] = (), revision: str | None = None):
     if not is_serve_available():
         raise ValueError("serving needs the extra: pip install '.[serve]' in this package's checkout")
     model_type = PretrainedConfig.get_config_dict(repo, revision=revision)[0].get("model_type")
-    if model_type not in (config_class.model_type for config_class, _ in MODEL_CLASSES):
+    if model_type not in (model_class.config_class.model_type for model_class in MODELS):
         raise ValueError(f"{repo} has model_type {model_type!r}, which is not ShortV's; make a repo with build-repo")
     from transformers.cli.transformers import app
     from transformers.models.auto import modeling_auto
 
-    for config_class, model_class in MODEL_CLASSES:
+    for model_class in MODELS:
         for table in TABLES:
-            getattr(modeling_auto, table)[config_class.model_type] = model_class.__name__
+            getattr(modeling_auto, table)[model_class.config_class.model_type] = model_class.__name__
     app(["serve", f"{repo}@{revision}" if revision else repo, *arguments])

@@ -10,15 +10,24 @@ which raises where an argument is missing instead of taking a default for it.
 import copy
 import inspect
 import re
+import sys
 import threading
+from collections.abc import Callable
 from functools import cache
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.auto import image_processing_auto, processing_auto, tokenization_auto, video_processing_auto
 from transformers.models.llama.modeling_llama import LlamaModel
+
+
+try:  # 5.x
+    from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+except ImportError:
+    from transformers.utils.generic import _CAN_RECORD_REGISTRY
 
 
 TESTED = ("4.57.0", "5.24.0")  # the oldest and the newest version that the tests have passed on
@@ -76,6 +85,63 @@ def has_tied_head(config) -> bool:
 
 
 # Modules
+
+
+def stock_class(module: nn.Module) -> type:
+    """The class of upstream's that a module is, or descends from."""
+    return next(each for each in type(module).__mro__ if each.__module__.startswith("transformers."))
+
+
+def text_model(base: nn.Module) -> nn.Module:
+    """The text model in a vision-language model without its head. Raises `ValueError` if there is none."""
+    for name in ("language_model", "text_model"):
+        found = getattr(base, name, None)
+        if isinstance(found, nn.Module) and hasattr(found, "layers"):
+            return found
+    raise ValueError(f"{type(base).__name__} has no text model with decoder layers")
+
+
+def record_outputs(model: PreTrainedModel):
+    """Upstream keeps what it records of a model by the name of the class that it was built as."""
+    name = str(model.__class__)
+    dict.__setitem__(_CAN_RECORD_REGISTRY, name, model._can_record_outputs)
+
+
+def visual_token_ids(config) -> dict[str, int]:
+    """The ids of the placeholders of "image" and "video" that a config has."""
+    found = {}
+    for kind in ("image", "video"):
+        for name in (f"{kind}_token_id", f"{kind}_token_index"):
+            if isinstance(getattr(config, name, None), int):
+                found.setdefault(kind, getattr(config, name))
+    return found
+
+
+def sliding_window(attention: nn.Module) -> int | None:
+    """The attention window of a layer: Qwen2 keeps it on the module, Mistral in the config, Llama has none."""
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    return getattr(attention.config, "sliding_window", None)
+
+
+def kind_of(attention: nn.Module) -> tuple:
+    """Equal for layers that upstream gives the same mask and the same rotary tables."""
+    return sliding_window(attention), getattr(attention, "layer_type", None)
+
+
+def eager_attention(attention: nn.Module) -> Callable:
+    """The eager attention of a module's family, with what it does to logits."""
+    return sys.modules[stock_class(attention).__module__].eager_attention_forward
+
+
+def rotate(attention: nn.Module, states: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding of `states` `[B, heads, n, d]` with cos and sin `[B or 1, n, d]`, by the family's own function. It
+    takes queries and keys of one length: the other ones are empty here."""
+    family = sys.modules[stock_class(attention).__module__]
+    if tables[0].ndim == 4:  # `[3, B, n, d]`, Qwen2-VL and Qwen2.5-VL on 4.x
+        sections = attention.rope_scaling["mrope_section"]
+        return family.apply_multimodal_rotary_pos_emb(states, states[:, :0], *tables, sections)[0]
+    return family.apply_rotary_pos_emb(states, states[:, :0], *tables)[0]
 
 
 @cache
@@ -136,6 +202,41 @@ def update_cache(cache: Cache, key, value, layer: int, kwargs: dict) -> tuple[to
     return stored
 
 
+_BY_POSITIONS = "cache_position" in inspect.signature(Cache.get_mask_sizes).parameters  # 4.x and the first of 5.x
+
+
+def seen_by(cache: Cache | None, layer: int) -> int | Tensor:
+    """How many tokens a layer of the cache has seen; a tensor, if it counts on the device."""
+    return 0 if cache is None else cache.get_seq_length(layer)
+
+
+def mask_sizes(cache: Cache | None, layer: int, length: int, kwargs: dict, device: torch.device) -> tuple[int, int]:
+    """How many keys a layer attends to in a chunk of `length` tokens, and the slot of the first. `kwargs`: the
+    attention's. To be called before the cache is updated."""
+    if cache is None:
+        return length, 0
+    query: int | Tensor = length
+    if _BY_POSITIONS:
+        query = kwargs.get("cache_position")
+        if query is None:
+            query = torch.arange(length, device=device) + seen_by(cache, layer)
+    return cache.get_mask_sizes(query, layer)
+
+
+def keep_deepstack(kwargs: dict, rows) -> dict:
+    """A text model's arguments for a chunk of which only `rows` are left: features that the first layers add to visual
+    tokens (Qwen3-VL) are cut with them."""
+    mask, features = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
+    if mask is None or features is None:
+        return kwargs
+    left = torch.zeros_like(mask).scatter(1, rows.index, True if rows.valid is None else rows.valid)
+    kept = left[mask]
+    mask = mask.gather(1, rows.index)
+    if rows.valid is not None:
+        mask = mask & rows.valid
+    return {**kwargs, "visual_pos_masks": mask, "deepstack_visual_embeds": [each[kept] for each in features]}
+
+
 def cached_lengths(cache: Cache | None, layers) -> dict[int, int]:
     """How many tokens the layers of a cache have seen, without a device synchronisation: layers that count on the
     device (static ones) are left out; all are while a graph is compiled."""
@@ -161,20 +262,32 @@ def check_cached(cache: Cache | None, output, before: dict[int, int], chunk: int
 # Outputs
 
 
-def image_features(output) -> list[torch.Tensor]:
-    """Features per image `[n, h]`, from what `get_image_features` returns: an output object on 5.x, a list on 4.x."""
-    features = getattr(output, "pooler_output", output)
+def _features_in(output):
+    """What `get_image_features` or `get_video_features` returned, without what stands around the features: an output
+    object on 5.x; on 4.x a list, a tensor or (Qwen3-VL) a pair with the features of the first layers."""
+    if hasattr(output, "pooler_output"):
+        return output.pooler_output
+    if isinstance(output, tuple) and len(output) == 2 and isinstance(output[0], (list, tuple)):
+        return output[0]
+    return output
+
+
+def image_features(output) -> list[Tensor]:
+    """Features per image `[n, h]`, from what `get_image_features` returns; per video, of `get_video_features`."""
+    features = _features_in(output)
     if not isinstance(features, (list, tuple)) and not (torch.is_tensor(features) and features.ndim == 3):
         raise not_right(f"get_image_features returns {type(output).__name__} without the features of the images")
     return list(features)
 
 
-def with_image_features(output, features: list[torch.Tensor]):
+def with_image_features(output, features: list[Tensor]):
     """What `get_image_features` returned, with other features in it."""
-    if not hasattr(output, "pooler_output"):
-        return features
-    output.pooler_output = features
-    return output
+    found = _features_in(output)
+    new = torch.stack(features) if torch.is_tensor(found) else type(found)(features)
+    if hasattr(output, "pooler_output"):
+        output.pooler_output = new
+        return output
+    return new if found is output else (new, *output[1:])
 
 
 def used_image_features(output) -> torch.Tensor | None:
@@ -204,37 +317,42 @@ _checking = threading.RLock()
 _running = threading.local()
 
 
-def check_upstream(model_class, text_config, plan_of_text):
-    """On a Transformers newer than the tested ones: a small model of this architecture whose layers all follow a plan, in
-    which every token is text, must give what it gives without a plan, on a cache too. Random weights, float32, CPU.
+def check_upstream(text: nn.Module, tested: bool, follow_plans: Callable, plan_of_text: Callable):
+    """Of an architecture that is not `tested`, and of each on a Transformers newer than the tested ones: a small model
+    whose layers all follow a plan, in which every token is text, must give what the stock model gives, on a cache too.
+    Random weights, float32, CPU; once per process. It needs no knowledge of the architecture: layers without rotary
+    embedding, norms under other names, latent or shared keys differ or do not run.
 
     Args:
-        model_class: the ShortV text model.
-        text_config: of the model that is being built.
+        text: the stock text model that is about to follow plans.
+        tested: whether the tests run on its architecture.
+        follow_plans: makes a text model do so.
         plan_of_text: makes the plan, from the number of layers, of rows and of tokens.
 
     Raises:
         ValueError: it does not; names the installed version and the tested ones.
     """
-    if not is_newer_than_tested() or getattr(_running, "now", False):
+    if (tested and not is_newer_than_tested()) or getattr(_running, "now", False):
         return
-    implementation = "eager" if text_config._attn_implementation == "eager" else "sdpa"
-    config = small_text_config(text_config)
+    model_class, implementation = stock_class(text), "eager" if text.config._attn_implementation == "eager" else "sdpa"
     key = (model_class, implementation, transformers.__version__)
     with _checking:
         if key not in _checked:
             _running.now = True
             try:
-                _self_test(model_class, config, implementation, plan_of_text)
+                _self_test(model_class, small_text_config(text.config), implementation, follow_plans, plan_of_text)
                 _checked[key] = None
             except Exception as error:  # whatever upstream has become
                 reason = " ".join(str(error).split()) or type(error).__name__
                 ours = isinstance(error, ValueError) and reason.startswith("ShortV cannot run on")
-                _checked[key] = (
-                    error
-                    if ours
-                    else not_right(f"{model_class.__name__} fails its self-test with {type(error).__name__}: {reason}")
-                )
+                failure = f"{model_class.__name__} fails its self-test with {type(error).__name__}: {reason}"
+                if tested:
+                    _checked[key] = error if ours else not_right(failure)
+                else:
+                    _checked[key] = ValueError(
+                        f"ShortV cannot freeze tokens in {model_class.__name__}, whose layers compute something else than "
+                        f"those that it knows ({reason if ours else failure})"
+                    )
             finally:
                 _running.now = False
     if _checked[key] is not None:
@@ -242,28 +360,30 @@ def check_upstream(model_class, text_config, plan_of_text):
 
 
 def small_text_config(text_config):
-    """A copy with two heads, a narrow FFN and one layer of each kind."""
+    """A copy with two heads, a narrow FFN, and as many of its first layers as hold every kind of layer."""
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     grouped = text_config.num_key_value_heads < text_config.num_attention_heads
-    kinds = list(dict.fromkeys(getattr(text_config, "layer_types", None) or ["full_attention"]))
+    fields, depth = text_config.to_dict(), text_config.num_hidden_layers
+    lists = {name: value for name, value in fields.items() if isinstance(value, list) and len(value) == depth}
+    kinds = list(zip(*lists.values(), strict=True)) or [()]
+    n_layers = max(kinds.index(kind) for kind in set(kinds)) + 1
     small = {
-        **text_config.to_dict(),
+        **fields,
         "vocab_size": 16,
         "hidden_size": 2 * head_dim,
         "intermediate_size": 2 * head_dim,
         "num_attention_heads": 2,
         "num_key_value_heads": 1 if grouped else 2,
-        "num_hidden_layers": len(kinds),
+        "num_hidden_layers": n_layers,
+        **{name: value[:n_layers] for name, value in lists.items()},
         **{name: None for name in ("pad_token_id", "bos_token_id", "eos_token_id")},
     }
-    if small.get("layer_types"):
-        small["layer_types"] = kinds
     if small.get("sliding_window"):
         small["sliding_window"] = 5
     return type(text_config).from_dict(small)
 
 
-def _self_test(model_class, config, implementation, plan_of_text):
+def _self_test(model_class, config, implementation, follow_plans, plan_of_text):
     rows, tokens, more = 2, 8, 3
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         model = model_class._from_config(config, attn_implementation=implementation, dtype=torch.float32).eval()
@@ -275,15 +395,17 @@ def _self_test(model_class, config, implementation, plan_of_text):
         padding[1, :2] = 0
         found = []
         for planned in (False, True):
+            if planned:
+                follow_plans(model)
             cache = DynamicCache(config=config)
             for start, end in ((0, tokens), (tokens, tokens + more)):
-                plan = plan_of_text(config.num_hidden_layers, rows, end - start) if planned else None
+                plan = {"plan": plan_of_text(config.num_hidden_layers, rows, end - start)} if planned else {}
                 output = model(
                     inputs_embeds=states[:, start:end],
                     attention_mask=padding[:, :end],
                     **{CACHE: cache},
                     use_cache=True,
-                    freeze_plan=plan,
+                    **plan,
                 )
                 found.append([output.last_hidden_state[padding[:, start:end].bool()]])
             found[-1] += [part for layer in cache.layers for part in (layer.keys, layer.values)]
@@ -294,6 +416,4 @@ def _self_test(model_class, config, implementation, plan_of_text):
             or expected.shape != actual.shape
             or not torch.allclose(actual, expected, atol=1e-4, rtol=1e-4)
         ):
-            raise not_right(
-                f"{model_class.__name__} with a plan in which all tokens are text differs from the stock layers"
-            )
+            raise not_right(f"with a plan in which all tokens are text, {model_class.__name__} differs from stock")

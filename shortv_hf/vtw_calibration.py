@@ -31,7 +31,7 @@ def withdrawal_divergences(
     """
     if kl not in KL_DIRECTIONS:
         raise ValueError(f"kl is {kl!r}; valid are {', '.join(KL_DIRECTIONS)}")
-    n_layers = model.config.text_config.num_hidden_layers
+    n_layers = model.config.get_text_config().num_hidden_layers
     layers = list(layers if layers is not None else range(FIRST_LAYER if n_layers > FIRST_LAYER else 1, n_layers))
     totals, count = dict.fromkeys(layers, 0.0), 0
     for sample in progress(samples, "withdrawing visual tokens"):
@@ -68,4 +68,4 @@ def choose_vtw_k(
     """
     first_layer_below({}, max_kl, 0)  # before the passes
     divergences = withdrawal_divergences(model, samples, layers, kl)
-    return first_layer_below(divergences, max_kl, model.config.text_config.num_hidden_layers)
+    return first_layer_below(divergences, max_kl, model.config.get_text_config().num_hidden_layers)

@@ -333,10 +333,8 @@ def test_decoding_builds_no_plan(monkeypatch):
     import shortv_hf.modeling_shortv as modeling
 
     built = []
-    build = modeling.FreezePlan.build
-    monkeypatch.setattr(
-        modeling.FreezePlan, "build", lambda *args, **kwargs: built.append(1) or build(*args, **kwargs)
-    )
+    build = modeling.Plan.build
+    monkeypatch.setattr(modeling.Plan, "build", lambda *args, **kwargs: built.append(1) or build(*args, **kwargs))
     model = make_model(shortv_layers=LAYERS)
     greedy(model, make_inputs(model, ["ttItt"]), 6)
     assert len(built) == 1

@@ -18,8 +18,10 @@ from helpers import (
     reference_forward,
     solo_inputs,
 )
+from helpers import TEXT as TEXT_FIELDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import Cohere2Config
 
 from shortv_hf.upstream import CACHE, find_cache, used_image_features
 
@@ -309,9 +311,10 @@ class TestBadInput:
         assert model.config.visual_reduction is None
 
     def test_text_backbone(self):
+        """Cohere2 looks like the others, and has layers without rotary embedding."""
         config = make_config()
-        config.text_config.model_type = "gpt2"
-        with pytest.raises(ValueError, match="gpt2.*llama, mistral, qwen2"):
+        config.text_config = Cohere2Config(**TEXT_FIELDS, sliding_window=8)
+        with pytest.raises(ValueError, match="cannot freeze tokens in Cohere2Model"):
             FAMILIES["llava"][1](config)
 
 

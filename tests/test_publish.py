@@ -188,9 +188,9 @@ def test_a_hub_that_does_not_answer(hub, repo, shortv):
 def test_refuses_what_strangers_cannot_load_or_trust(hub, repo, refused, tmp_path):
     assert "no such directory" in refused(tmp_path / "nothing", "--repo-id", "me/mine")
     assert "owner/name" in refused(repo, "--repo-id", "mine")
-    code_file = repo / "freeze_plan.py"
+    code_file = repo / "plan.py"
     code_file.write_text(code_file.read_text() + "import os\n")
-    assert "freeze_plan.py differs from shortv_hf" in refused(repo, "--repo-id", "me/mine")
+    assert "plan.py differs from shortv_hf" in refused(repo, "--repo-id", "me/mine")
     local = build_repo(FAMILIES["llava"][0].from_pretrained(
         write_checkpoint(tmp_path / "base", make_model())), tmp_path / "local")  # fmt: skip
     assert "not a repo on the Hub" in refused(local, "--repo-id", "me/mine")

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
+from shortv_hf.plan import Stream
+from shortv_hf.reduction import ClsAttention, Patches
+from shortv_hf.reduction_prumerge import PruMerge, PruMergePlus
 from shortv_hf.upstream import CACHE, find_cache, image_features
-from shortv_hf.visual_reduction import ClsAttention, PruMerge, PruMergePlus
-from shortv_hf.visual_tokens import TokenReduction
 from shortv_hf.vtw_calibration import withdrawal_divergences
 
 
@@ -30,13 +31,13 @@ SCORES = {"atol": 1e-6, "rtol": 1e-5}
 @pytest.fixture
 def scores(monkeypatch):
     """The scores of every choice that FastV makes."""
-    found, choose = [], TokenReduction.choose
+    found, choose = [], Stream.choose
 
     def recording(self, *args):
         choose(self, *args)
         found.append(self.scores)
 
-    monkeypatch.setattr(TokenReduction, "choose", recording)
+    monkeypatch.setattr(Stream, "choose", recording)
     return found
 
 
@@ -125,8 +126,10 @@ def test_prumerge_tokens(method, case):
     attention = vision.row(heads=1)[0]
     torch.testing.assert_close(attention, tensors[f"{name}/cls_scores"][0], **SCORES)
     assert torch.equal(reduction.kept_patches(attention), tensors[f"{name}/keep_indices"][0])
-    tokens = reduction.merge(states[0, 1:], [vision], 0)
-    torch.testing.assert_close(tokens, tensors[f"{name}/features"][0], **LOGITS)
+    image = Patches.grid(1, 1, len(attention))
+    image.vision = [vision]
+    found = reduction.reduce(image)
+    torch.testing.assert_close(found.apply(states[0, 1:])[found.kept], tensors[f"{name}/features"][0], **LOGITS)
 
 
 # The full set

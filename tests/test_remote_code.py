@@ -168,13 +168,15 @@ def test_closure_imports_only_torch_and_transformers():
                 direct.setdefault(file.stem, set()).add(node.module)
     assert names - set(sys.stdlib_module_names) == {"torch", "transformers"}
     assert {file.name for file in code_files()} == {
-        "base_weights.py", "configuration_shortv.py", "decoder_layer.py", "freeze_plan.py", "modeling_shortv.py",
-        "upstream.py", "visual_cache.py", "visual_images.py", "visual_reduction.py", "visual_tokens.py",
+        "base_weights.py", "cache.py", "configuration_shortv.py", "decoder_layer.py", "modeling_shortv.py", "plan.py",
+        "reduction.py", "reduction_downsample.py", "reduction_fastv.py", "reduction_prumerge.py", "reduction_random.py",
+        "reduction_vtc_cls.py", "reduction_vtw.py", "rows.py", "upstream.py", "vision.py",
     }  # fmt: skip
 
     # 4.x copies what the loaded file imports itself, and not what its imports import.
     assert direct["modeling_shortv"] == {file.stem for file in code_files()} - {"modeling_shortv"}
-    assert not direct.keys() & direct["configuration_shortv"]
+    for name in direct.keys() & direct["configuration_shortv"]:
+        assert direct[name] <= direct["configuration_shortv"]
 
 
 class TestBuildRepo:

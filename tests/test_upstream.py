@@ -28,7 +28,7 @@ from shortv_hf.upstream import CACHE
 
 
 ROOT = Path(shortv_hf.__file__).parent
-OURS = {"freeze_plan", "reduction", "skip_padding", "visual_mask", "visual_tokens"}
+OURS = {"plan", "skip_padding", "visual_mask"}
 COMMON = {"hidden_states", "input_ids", "inputs_embeds", "pixel_values"}  # in every version, for years
 
 

@@ -23,17 +23,12 @@ from transformers import DynamicCache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, flash_attention_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from shortv_hf.cache import KeptLayer
+from shortv_hf.reduction import METHODS, ClsAttention, Patches, keep_highest
+from shortv_hf.reduction_downsample import Downsample
+from shortv_hf.reduction_prumerge import PruMerge, PruMergePlus, merge_neighbours
+from shortv_hf.rows import Tokens
 from shortv_hf.upstream import CACHE, find_cache, image_features, used_image_features
-from shortv_hf.visual_cache import ReducedLayer
-from shortv_hf.visual_reduction import (
-    METHODS,
-    ClsAttention,
-    Downsample,
-    PruMerge,
-    PruMergePlus,
-    keep_highest,
-    merge_neighbours,
-)
 
 
 DECODER = [
@@ -399,9 +394,9 @@ class TestCaches:
         close(logits, expected[-2:])
 
     def test_crop(self):
-        layer = ReducedLayer.of(DynamicCache(config=make_config()).layers[0], 0, 1, torch.device("cpu"))
+        layer = KeptLayer.of(DynamicCache(config=make_config()).layers[0], 0, 1, torch.device("cpu"))
         for slots, seen, reduced in (([[0, 1, 5]], 6, True), ([[6]], 7, False), ([[7]], 8, False)):
-            layer.add_slots(torch.tensor(slots), torch.tensor(slots), seen, reduced, False)
+            layer.add(Tokens(torch.tensor(slots), torch.tensor(slots)), seen, reduced, False)
             states = torch.randn(1, 2, len(slots[0]), 4)
             layer.update(states, states)
         layer.crop(-1)
@@ -668,9 +663,9 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ("fastv", "one of fastv, vtw"),
-            ({}, "one of fastv, vtw"),
-            ({"method": "nonsense"}, "'nonsense'; valid methods are fastv, vtw"),
+            ("fastv", "one of downsample, fastv"),
+            ({}, "one of downsample, fastv"),
+            ({"method": "nonsense"}, "'nonsense'; valid methods are downsample, fastv"),
             ({"method": "fastv", "r": 0.5}, "no option 'r'; valid options are k, ratio"),
             ({"method": "prumerge", "k": 1}, "valid options are none"),
             ({"method": "fastv", "k": 0}, "k is 0; the valid range is the integers 1 to 4"),
@@ -701,7 +696,7 @@ class TestOptions:
 
     @pytest.mark.parametrize("options", MERGING, ids=name)
     def test_undefined_for_llava_next(self, options):
-        with pytest.raises(ValueError, match="not defined for LLaVA-NeXT.*fastv, vtw, vtc_cls and random"):
+        with pytest.raises(ValueError, match="not defined for images in tiles.*fastv, vtw, vtc_cls and random"):
             make_config("llava_next", visual_reduction=options)
 
     def test_other_vision_towers(self):
@@ -793,7 +788,10 @@ class TestPureFunctions:
         keys[1 : 1 + min(peak, n)] += queries[0]
         method = PruMergePlus() if plus else PruMerge()
         vision = [ClsAttention(queries[None, 0], keys[None], heads=2)]
-        close(method.merge(features[1:], vision, 0), prumerge(features[1:], queries, keys, plus))
+        image = Patches.grid(1, 1, n)
+        image.vision = vision
+        tokens = method.reduce(image)
+        close(tokens.apply(features[1:])[tokens.kept], prumerge(features[1:], queries, keys, plus))
 
     @settings(max_examples=30, deadline=None)
     @given(n=st.integers(2, 50), seed=st.integers(0, 99), data=st.data())
@@ -801,15 +799,16 @@ class TestPureFunctions:
         kept = data.draw(st.lists(st.integers(0, n - 1), unique=True))
         generator = torch.Generator().manual_seed(seed)
         features, attention = torch.randn(n, 3, generator=generator), torch.rand(n, generator=generator)
-        tokens = merge_neighbours(features, attention, features, torch.tensor(kept, dtype=torch.long))
-        assert len(tokens) == min(len(kept) + 1, n)
+        tokens = merge_neighbours(attention, features, torch.tensor(kept, dtype=torch.long))
+        assert int(tokens.kept.sum()) == min(len(kept) + 1, n)
         if not kept:
-            close(tokens[0], (attention[:, None] * features).sum(0))
+            close(tokens.apply(features)[0], (attention[:, None] * features).sum(0))
 
     def test_downsample(self):
         features = torch.arange(16.0)[:, None].repeat(1, 2)
-        pooled = Downsample(factor=2).merge(features, [], 0)
-        assert pooled[:, 0].tolist() == [2.5, 4.5, 10.5, 12.5]
+        tokens = Downsample(factor=2).reduce(Patches.grid(1, 4, 4))
+        assert tokens.kept.nonzero()[:, 0].tolist() == [0, 2, 8, 10]
+        assert tokens.apply(features)[tokens.kept][:, 0].tolist() == [2.5, 4.5, 10.5, 12.5]
 
     def test_prumerge_keeps_some_patches_in_these_tests(self):
         """The models above do have outliers, and images differ in how many."""

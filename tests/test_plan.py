@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shortv_hf.freeze_plan import FreezePlan
+from shortv_hf.plan import Plan
 
 
 @st.composite
@@ -27,20 +27,20 @@ def masks(draw):
 @given(masks(), st.booleans())
 def test_select_and_write(masks, skip_padding):
     visual, valid = masks
-    plan = FreezePlan.build([1], visual, valid.long() if skip_padding else None)
+    plan = Plan.build([1], visual, valid.long() if skip_padding else None)
     if not visual.any():
         assert plan is None
         return
     text = ~visual & valid if skip_padding else ~visual
     states = torch.randn(*visual.shape, 3)
-    selected = plan.select_text(states)
+    selected = plan.text.select(states)
     assert selected.shape[1] == max(int(text.sum(1).max()), 1)
-    written = plan.write_text(states, selected + 1)
+    written = plan.text.write(states, selected + 1)
     assert torch.equal(written, torch.where(text[..., None], states + 1, states))
     for row in range(len(text)):
         n = int(text[row].sum())
         assert torch.equal(selected[row, :n], states[row][text[row]])
-        assert len(set(plan.text_positions[row].tolist())) == plan.text_positions.shape[1]  # fillers are distinct
+        assert len(set(plan.text.index[row].tolist())) == plan.text.index.shape[1]  # fillers are distinct
 
 
 @settings(deadline=None)
@@ -49,7 +49,7 @@ def test_rows_of_the_causal_mask(masks, past, window):
     """Whatever the parent hands over, the rows are those of the full mask."""
     visual, valid = masks
     batch, length = visual.shape
-    plan = FreezePlan.build([0], visual, valid.long())
+    plan = Plan.build([0], visual, valid.long())
     if plan is None:
         return
     keys = torch.cat([torch.ones(batch, past, dtype=torch.bool), valid], 1)
@@ -60,11 +60,11 @@ def test_rows_of_the_causal_mask(masks, past, window):
     def rows(implementation, attention_mask):
         config = types.SimpleNamespace(_attn_implementation=implementation)
         attention = types.SimpleNamespace(config=config, sliding_window=window)
-        fresh = FreezePlan.build([0], visual, valid.long())
+        fresh = Plan.build([0], visual, valid.long())
         return fresh.text_mask(attention, attention_mask, key_states, cached=True, position_ids=None)
 
-    expected = torch.stack([full[row][plan.text_positions[row]] for row in range(batch)])[:, None]
-    is_text = plan.is_text if plan.is_text is not None else torch.ones_like(plan.text_positions, dtype=torch.bool)
+    expected = torch.stack([full[row][plan.text.index[row]] for row in range(batch)])[:, None]
+    is_text = plan.text.valid if plan.text.valid is not None else torch.ones_like(plan.text.index, dtype=torch.bool)
     is_text = is_text[:, None, :, None].expand_as(expected)
     from_4d = rows("sdpa", full[:, None])
     from_2d = rows("flash_attention_2", keys)
@@ -78,21 +78,21 @@ def test_rows_of_the_causal_mask(masks, past, window):
 
 def test_upper_bound_without_a_count():
     visual = torch.tensor([[False, True, True, False], [True, False, True, True]])
-    plan = FreezePlan.build([0], visual, max_text_tokens=3)
+    plan = Plan.build([0], visual, max_text_tokens=3)
     states = torch.randn(2, 4, 5)
-    written = plan.write_text(states, plan.select_text(states) * 2)
+    written = plan.text.write(states, plan.text.select(states) * 2)
     assert torch.equal(written, torch.where(visual[..., None], states, states * 2))
 
 
 def test_all_visual_chunk_writes_nothing():
-    plan = FreezePlan.build([0], torch.ones(2, 3, dtype=torch.bool))
+    plan = Plan.build([0], torch.ones(2, 3, dtype=torch.bool))
     states = torch.randn(2, 3, 4)
-    assert torch.equal(plan.write_text(states, plan.select_text(states) + 1), states)
+    assert torch.equal(plan.text.write(states, plan.text.select(states) + 1), states)
 
 
 def test_expanded_attention_rows():
     visual = torch.tensor([[False, True, False], [True, True, False]])
-    plan = FreezePlan.build([0], visual)
+    plan = Plan.build([0], visual)
     weights = torch.rand(2, 2, 2, 3)
     full = plan.expand_rows(weights)
     assert full.shape == (2, 2, 3, 3)
