@@ -304,7 +304,7 @@ def test_sections_of_rotary_dimensions_are_written_for_both_lines(family, tmp_pa
 
 def write_processor_files(folder: Path, family: str) -> Path:
     """With the class names that the original repos have in them."""
-    write_processor(folder, family, "bytes")
+    write_processor(folder, family, "prepend" if TOKENIZERS.get(family) == "LlamaTokenizer" else "bytes")
     file = folder / "tokenizer_config.json"
     content = json.loads(file.read_text()) | {"extra_special_tokens": WORDS}
     file.write_text(json.dumps(content | {"tokenizer_class": TOKENIZERS.get(family, "Qwen2Tokenizer")}))
