@@ -24,7 +24,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .plan import Plan, Stream
 from .rows import Rows
-from .upstream import argument, eager_attention, find_cache, rotate, update_cache
+from .upstream import argument, eager_attention, find_cache, own_tables, rotate, update_cache
 
 
 class FrozenRows:
@@ -104,7 +104,7 @@ class ShortVAttentionMixin:
     def let_last_token_choose(self, stream: Stream, states: Tensor, kwargs: dict):
         """Rank visual tokens by the last row of this attention, which has just run on the normed `states` `[B, S, h]`.
         Its keys are in the cache; without one they are computed once more, 0.1 % of a 7B prefill."""
-        tables = argument(kwargs, "position_embeddings")
+        tables = own_tables(self, kwargs)
         last = tuple(stream.last.select(part) for part in tables)
         query = rotate(self, self._heads("q", stream.last.select(states)), last)
         held = stream.held(self.layer_idx)

@@ -545,8 +545,9 @@ def _states(output) -> torch.Tensor:
 
 def _repeat(value, rows: int, copies: int):
     """A keyword argument of a layer for a batch of `copies` batches of `rows` rows."""
-    if isinstance(value, tuple):
-        return tuple(_repeat(part, rows, copies) for part in value)
+    if isinstance(value, tuple):  # rotary tables, `[B or 1, S, d]` or `[3, B or 1, S, d]`
+        one = [1] * (value[0].ndim - 3)
+        return tuple(part.repeat(*one, copies, 1, 1) if part.shape[-3] == rows > 1 else part for part in value)
     if torch.is_tensor(value) and value.ndim > 1 and len(value) == rows > 1:
         return value.repeat(copies, *[1] * (value.ndim - 1))
     return value  # one row for all, or nothing that has rows

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from .cache import KeptLayer, is_shortened
 from .reduction import ImageReduction, Reduction, StreamReduction, TokenMap, is_dropped, last_row_attention
 from .rows import Rows, Tokens, additive, mask_at, packed_sequences
-from .upstream import argument, find_cache, keep_deepstack, kind_of, mask_sizes, seen_by, sliding_window
+from .upstream import argument, find_cache, keep_deepstack, kind_of, mask_sizes, rotary_tables, seen_by, sliding_window
 
 
 @dataclass
@@ -129,17 +129,14 @@ class Plan:
 
     def _stream_arguments(self, attention: nn.Module, kwargs: dict, rows: Rows | None) -> dict:
         stream, layer = self.stream, attention.layer_idx
-        if (
-            layer not in stream.changed
-        ):  # it sees all tokens, on a cache that holds them: upstream's arguments are right
+        if layer not in stream.changed:  # all tokens, on a cache that holds all: upstream's arguments are right
             return kwargs
         kwargs = {**kwargs, "position_ids": None}  # with gaps, FlashAttention would take them for packed sequences
         kept = stream.rows(layer)
         if kept is not None:
-            rotary = argument(kwargs, "position_embeddings")
-            kwargs["position_embeddings"] = self._share(
-                ("stream", *kind_of(attention), rotary[0].device), lambda: tuple(kept.select(part) for part in rotary)
-            )
+            for name, tables in rotary_tables(kwargs).items():
+                key = "stream", name, *kind_of(attention), tables[0].device
+                kwargs[name] = self._share(key, lambda tables=tables: tuple(kept.select(part) for part in tables))
         if rows is None:
             key = "stream mask", *kind_of(attention), *stream.sees(layer), stream.keys[layer].slots.device
             kwargs["attention_mask"] = self._share(key, lambda: stream.stock_mask(attention, kwargs))

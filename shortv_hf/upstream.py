@@ -129,6 +129,20 @@ def kind_of(attention: nn.Module) -> tuple:
     return sliding_window(attention), getattr(attention, "layer_type", None)
 
 
+def rotary_tables(kwargs: dict) -> dict[str, tuple[Tensor, Tensor]]:
+    """The rotary tables among the arguments of a layer: one, or (Gemma 3 on 4.x) one for each kind of layer."""
+    found = {name: value for name, value in kwargs.items() if name.startswith(ROTARY) and value is not None}
+    return found or {ROTARY: argument(kwargs, ROTARY)}
+
+
+def own_tables(attention: nn.Module, kwargs: dict) -> tuple[Tensor, Tensor]:
+    """Those of a layer's own kind."""
+    tables = rotary_tables(kwargs)
+    if len(tables) == 1:
+        return next(iter(tables.values()))
+    return argument(tables, f"{ROTARY}_local" if attention.is_sliding else f"{ROTARY}_global")
+
+
 def eager_attention(attention: nn.Module) -> Callable:
     """The eager attention of a module's family, with what it does to logits."""
     return sys.modules[stock_class(attention).__module__].eager_attention_forward
@@ -162,6 +176,7 @@ def argument(kwargs: dict, name: str):
     return kwargs[name]
 
 
+ROTARY = "position_embeddings"
 TEXT_ARGUMENTS = ("attention_mask", "inputs_embeds", "position_ids")
 
 

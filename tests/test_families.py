@@ -216,7 +216,10 @@ def test_second_turn_on_a_kept_cache(family, second):
     stock, model = build(family), frozen(family)
     *parts, whole = turns(family, "tItt", second)
     positions = positions_of(stock, whole)
-    dense = two_turns(stock, parts, positions)
+    try:
+        dense = two_turns(stock, parts, positions)
+    except IndexError as error:  # Gemma 3 on 4.57
+        pytest.skip(f"stock has no second image: {error}")
     with torch.no_grad():
         stock_agrees = torch.allclose(dense, stock(**whole).logits, atol=1e-4)
         uncached = model(**whole).logits
