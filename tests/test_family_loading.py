@@ -377,7 +377,7 @@ print(json.dumps(found))
 """
 
 
-@FAMILY
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl"])  # slow; `test_remote_code.py` has the LLaVAs
 def test_without_the_package(family, tmp_path):
     """By reference, and then what the remote code has saved."""
     _, headless_class, model_class = classes(family)
