@@ -5,7 +5,7 @@
     ineffective layer first). `[]` is the dense model.
 `visual_reduction` (`dict`, *optional*)
     A visual-token reduction method to combine with, e.g. `{"method": "fastv", "k": 2, "ratio": 0.5}`; the methods and
-    their options are in `visual_reduction.py`. `None` turns it off.
+    their options are in `reduction_….py`. `None` turns it off.
 `base_model_name_or_path` (`str`, *optional*)
     The original checkpoint (Hub id or local directory) whose weights this repo references. `None` when the repo holds
     its own weights.

@@ -15,7 +15,7 @@ CHAT_TEMPLATE = (
 
 
 def write_processor(folder, family="llava", tokenizer="words"):
-    """Write the processor files of a vocabulary of 99 tokens into `folder`: of words, or of characters and a few pairs,
+    """Write the processor files of a vocabulary of 99 tokens into `folder`, of one of the [`PROCESSORS`]: of words, or of characters and a few pairs,
     "prepend" in the manner of Llama (a text begins with a space that is not there, and the files name a class that
     upstream ignores for LLaVA), "bytes" in that of GPT-2 and Qwen."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,13 +85,17 @@ def write_processor(folder, family="llava", tokenizer="words"):
             "image_std": [0.5, 0.5, 0.5],
         }
         | ({"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]} if family == "llava_next" else {}),
-        "processor_config.json": {
-            "processor_class": PROCESSORS[family],
-            "image_token": "<image>",
-            "patch_size": PATCH,
-            "num_additional_image_tokens": 1,
-            "vision_feature_select_strategy": "default",
-        },
+        "processor_config.json": {"processor_class": PROCESSORS[family]}
+        | (
+            {
+                "image_token": "<image>",
+                "patch_size": PATCH,
+                "num_additional_image_tokens": 1,
+                "vision_feature_select_strategy": "default",
+            }
+            if family in ("llava", "llava_next")
+            else {}
+        ),
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1))
@@ -138,5 +142,23 @@ def pairs_of_characters(space: str) -> dict:
     return {**model, "merges": [list(pair) for pair in merges]}
 
 
-PROCESSORS = {"llava": "LlavaProcessor", "llava_next": "LlavaNextProcessor"}
-IMAGE_PROCESSORS = {"llava": "CLIPImageProcessor", "llava_next": "LlavaNextImageProcessor"}
+PROCESSORS = {
+    "llava": "LlavaProcessor",
+    "llava_next": "LlavaNextProcessor",
+    "llava_onevision": "LlavaOnevisionProcessor",
+    "qwen2_vl": "Qwen2VLProcessor",
+    "qwen2_5_vl": "Qwen2_5_VLProcessor",
+    "qwen3_vl": "Qwen3VLProcessor",
+    "internvl": "InternVLProcessor",
+    "gemma3": "Gemma3Processor",
+}
+IMAGE_PROCESSORS = {
+    "llava": "CLIPImageProcessor",
+    "llava_next": "LlavaNextImageProcessor",
+    "llava_onevision": "LlavaOnevisionImageProcessor",
+    "qwen2_vl": "Qwen2VLImageProcessor",
+    "qwen2_5_vl": "Qwen2VLImageProcessor",
+    "qwen3_vl": "Qwen2VLImageProcessor",
+    "internvl": "GotOcr2ImageProcessor",
+    "gemma3": "Gemma3ImageProcessor",
+}

@@ -32,8 +32,9 @@ def answer(model, processor):
 
 
 def run(script, *arguments, **environment):
-    """Run `script` in a new process, away from the checkout; its last line of output, from JSON."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | environment
+    """Run `script` in a new process, away from the checkout and on the same Transformers; its last line of output, from
+    JSON."""
+    environment = os.environ | environment
     command = [sys.executable, "-c", PRELUDE + textwrap.dedent(script), *map(str, arguments)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", timeout=300)
     assert result.returncode == 0, result.stderr[-4000:]
