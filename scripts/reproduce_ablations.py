@@ -22,7 +22,7 @@ from shortv_hf import chat, evaluation, outputs, plots
 from shortv_hf.calibration_data import encode, load_cases, split_sources
 from shortv_hf.flops import flops_ratio
 from shortv_hf.layer_contribution import frozen_tokens, joint_kl, rank_layers
-from shortv_hf.visual_reduction import visual_reduction_from_text
+from shortv_hf.reduction import visual_reduction_from_text
 
 
 ROOT = Path(__file__).parent.parent

@@ -53,7 +53,7 @@ def _parse_layers(layers: str) -> list[int]:
 
 def _parse_reduction(reduction: str | None) -> dict:
     """The config field that a --reduction option sets, as keyword arguments."""
-    from .visual_reduction import visual_reduction_from_text
+    from .reduction import visual_reduction_from_text
 
     return {} if reduction is None else {"visual_reduction": visual_reduction_from_text(reduction)}
 

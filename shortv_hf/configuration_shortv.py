@@ -5,7 +5,7 @@
     ineffective layer first). `[]` is the dense model.
 `visual_reduction` (`dict`, *optional*)
     A visual-token reduction method to combine with, e.g. `{"method": "fastv", "k": 2, "ratio": 0.5}`; the methods and
-    their options are in `visual_reduction.py`. `None` turns it off.
+    their options are in the files `reduction_<method>.py`. `None` turns it off.
 `base_model_name_or_path` (`str`, *optional*)
     The original checkpoint (Hub id or local directory) whose weights this repo references. `None` when the repo holds
     its own weights.
@@ -21,8 +21,14 @@ from numbers import Integral
 from transformers import LlavaConfig, LlavaNextConfig, PretrainedConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from .reduction import ModelSizes, parse_visual_reduction
+from .reduction_downsample import Downsample  # noqa: F401  # each method registers itself, and its file is copied too
+from .reduction_fastv import FastV  # noqa: F401
+from .reduction_prumerge import PruMerge  # noqa: F401
+from .reduction_random import RandomSubset  # noqa: F401
+from .reduction_vtc_cls import VTCCLS  # noqa: F401
+from .reduction_vtw import VTW  # noqa: F401
 from .upstream import inherit_tables
-from .visual_reduction import ModelSizes, parse_visual_reduction
 
 
 SHORTV_FIELDS = ("shortv_layers", "visual_reduction", "base_model_name_or_path", "base_model_revision")

@@ -1,8 +1,8 @@
 """ShortV models: Hugging Face LLaVA-1.5 and LLaVA-NeXT with visual tokens frozen in the layers of `config.shortv_layers`.
 
 Reading order: `decoder_layer.py` (the idea), `freeze_plan.py` (which tokens), then this file (where the plan is made).
-Token reduction (`config.visual_reduction`): `visual_reduction.py` (the methods), `visual_tokens.py` (tokens leave the
-decoder), `visual_images.py` (features are cut before it).
+Token reduction (`config.visual_reduction`): `reduction.py` (what a method is), `visual_tokens.py` (tokens leave the
+decoder), `vision.py` (features are cut before it).
 """
 
 import inspect
@@ -47,6 +47,7 @@ from .decoder_layer import (
     ShortVQwen2DecoderLayer,
 )
 from .freeze_plan import FreezePlan
+from .reduction import ImageReduction, ModelSizes, Reduction, is_dropped, parse_visual_reduction
 from .upstream import (
     cached_lengths,
     check_cached,
@@ -58,10 +59,9 @@ from .upstream import (
     used_image_features,
     with_image_features,
 )
+from .vision import listen, reduced_features
 from .visual_cache import is_reduced
-from .visual_images import listen, reduced_image_features
-from .visual_reduction import ImageReduction, ModelSizes, Reduction, parse_visual_reduction
-from .visual_tokens import TokenReduction, VisualTokens, is_dropped
+from .visual_tokens import TokenReduction, VisualTokens
 
 
 logger = logging.get_logger(__name__)
@@ -302,7 +302,7 @@ class ShortVModelMixin(ShortVSettingsMixin):
 
     def _reduce_image_features(self, get_features: partial, image_sizes=None, return_dict=None):
         """What `get_features()`, the parent's method, returns; under an [`ImageReduction`] with the features that it
-        leaves out marked (`visual_images.py`). The lists keep their lengths, those of the image tokens in a prompt.
+        leaves out marked (`vision.py`). The lists keep their lengths, those of the image tokens in a prompt.
 
         Raises:
             ValueError: there are no images, or the call's `vision_feature_select_strategy` does not go with the method.
@@ -321,7 +321,7 @@ class ShortVModelMixin(ShortVSettingsMixin):
             outputs.append(get_features() if return_dict is None else get_features(return_dict=True))
             return image_features(outputs[0])
 
-        marked = reduced_image_features(self, reduction, features, image_sizes)
+        marked = reduced_features(self, reduction, features, image_sizes=image_sizes)
         output = with_image_features(outputs[0], marked)
         return output.to_tuple() if return_dict is False else output
 

@@ -15,18 +15,17 @@ from transformers import PreTrainedModel, ProcessorMixin
 from .images import to_rgb
 from .plots import wrap_text
 from .prompts import user_message
-from .upstream import find_cache, image_features
-from .visual_images import VisionRecorder, places_of_patches
-from .visual_reduction import (
-    N_NEIGHBOURS,
-    DecoderReduction,
-    Downsample,
+from .reduction import (
     ImageReduction,
     ModelSizes,
-    PruMerge,
+    Patches,
+    StreamReduction,
+    TokenMap,
+    keep_only,
     parse_visual_reduction,
-    similarities,
 )
+from .upstream import find_cache, image_features
+from .vision import find_patches, reduced_images
 
 
 ABSENT, DROPPED, REST, KEPT, MERGED = range(5)
@@ -39,6 +38,7 @@ LEGEND = {
 }
 LEGEND_OF_MERGING = LEGEND | {KEPT: "thick frame: kept"}
 LEGEND_OF_AVERAGING = "the patches within one outline are averaged into one token"
+RANK = {ABSENT: 0, DROPPED: 1, REST: 2, MERGED: 3, KEPT: 4}  # what is drawn of a patch that several tokens take
 INK, OUTLINE, VEIL, PADDING, WHITE = "#333333", "#ffd23c", "#484850", "#ebebeb", "white"
 
 
@@ -70,25 +70,30 @@ def patch_fates(model: PreTrainedModel, inputs: dict, options: dict | None) -> l
     if "pixel_values" not in inputs:
         raise ValueError("there is no image to draw on")
     reduction = parse_visual_reduction(options, ModelSizes.of(model.config))
-    n = ModelSizes.of(model.config).patches
-    tiles, places = [1], [torch.arange(n)]
-    if "image_sizes" in inputs:
-        tiles, places = places_of_patches(model.model, inputs["image_sizes"][:1], n)
-    place = places[0]
-    with model.using(visual_reduction=options):
-        if isinstance(reduction, (PruMerge, Downsample)):
-            states, group = _merged(model, inputs, reduction, n)
-        elif isinstance(reduction, ImageReduction):
-            images = {name: inputs[name][:1] for name in ("pixel_values", "image_sizes") if name in inputs}
-            features = model.get_image_features(**images)
-            kept = image_features(features)[0].isfinite().all(-1).cpu()
-            states, group = _selected(kept, place, tiles[0] * n)
+    image = {name: inputs[name][:1] for name in ("pixel_values", "image_sizes") if name in inputs}
+    sizes = image.get("image_sizes")
+
+    def features() -> list[torch.Tensor]:
+        return image_features(model.get_image_features(**image))
+
+    with model.using(visual_reduction=None):
+        if isinstance(reduction, ImageReduction):
+            reduced = reduced_images(model.model, reduction, features, image_sizes=sizes)[0]
+            patches, tokens = reduced.patches, reduced.map
         else:
-            kept = _kept_in_decoder(model, inputs, reduction)[: len(place)]
-            states, group = _selected(kept, place, tiles[0] * n)
+            lengths = [len(feature) for feature in features()]
+            (patches,) = find_patches(
+                model.model, ModelSizes.of(model.config), lengths, model.device, image_sizes=sizes
+            )
+    if not isinstance(reduction, ImageReduction):
+        with model.using(visual_reduction=options):
+            tokens = keep_only(_kept_in_decoder(model, inputs)[: lengths[0]])
+    states, group = _fates(tokens, patches)
     return [
-        PatchFates(_title(i, tiles[0], part, number), part, number)
-        for i, (part, number) in enumerate(zip(states.split(n), group.split(n), strict=True))
+        PatchFates(_title(i, patches.tiles, part, number), part, number)
+        for i, (part, number) in enumerate(
+            zip(states.split(patches.per_tile), group.split(patches.per_tile), strict=True)
+        )
     ]
 
 
@@ -100,15 +105,7 @@ def _title(tile, tiles, states, group):
     return f"{name}{int((states == KEPT).sum())} of {n} patches kept"
 
 
-def _selected(kept, place, n):
-    """Kept tokens `[tokens]` → states of `n` patches, by the patch that each token is."""
-    states = torch.full((n,), ABSENT)
-    patch = place >= 0
-    states[place[patch]] = torch.where(kept[patch], KEPT, DROPPED)
-    return states, torch.where(states == KEPT, torch.arange(n), -1)
-
-
-def _kept_in_decoder(model, inputs, reduction: DecoderReduction | None):
+def _kept_in_decoder(model, inputs) -> torch.Tensor:
     """Of the visual tokens in the row's prompt, which the last layer's cache holds."""
     cache = find_cache(model(**inputs, use_cache=True))
     visual = (inputs["input_ids"][0] == model.config.image_token_id).cpu()
@@ -120,25 +117,38 @@ def _kept_in_decoder(model, inputs, reduction: DecoderReduction | None):
     return held[visual]
 
 
-def _merged(model, inputs, reduction, n):
-    if isinstance(reduction, Downsample):
-        side = round(n**0.5)
-        rows, columns = torch.arange(side) // reduction.factor, torch.arange(side) // reduction.factor
-        group = (rows[:, None] * (side // reduction.factor) + columns).flatten()
-        return torch.full((n,), MERGED), group
-    with model.using(visual_reduction=None), VisionRecorder(model.model, reduction) as recorder:
-        model.get_image_features(pixel_values=inputs["pixel_values"][:1])
-    (vision,) = recorder.attentions()
-    kept = reduction.kept_patches(vision.row(heads=1)[0])
-    states, group = torch.full((n,), REST), torch.full((n,), -1)
-    if len(kept):
-        similar = similarities(vision.keys[0, 1:], kept)
-        nearest = similar.topk(min(N_NEIGHBOURS, n - 1), dim=1).indices
-        near = torch.full_like(similar, float("-inf")).scatter(1, nearest, similar.gather(1, nearest))
-        best, into = near.max(0)  # of the kept patches that it is merged into, the most similar
-        merged = (best > float("-inf")).cpu()
-        states[merged], group[merged] = MERGED, kept[into].cpu()[merged]
-        states[kept.cpu()], group[kept.cpu()] = KEPT, kept.cpu()
+def _fates(tokens: TokenMap, patches: Patches) -> tuple[torch.Tensor, torch.Tensor]:
+    """States and groups of all patches `[tiles * N]` of an image, from where its tokens go.
+
+    A patch whose weight is 1 is kept as the middle of a group, which others are merged into; weights that add up to 1
+    are an average, without a middle; other sums are the rest.
+    """
+    number = (patches.tile * patches.per_tile + patches.patch).cpu()  # of the token's patch
+    number = torch.where(patches.patch.cpu() < 0, -1, number).tolist()
+    states = torch.full((patches.tiles * patches.per_tile,), ABSENT)
+    group = torch.full_like(states, -1)
+    target = tokens.target.cpu()
+    source = torch.arange(tokens.n) if tokens.source is None else tokens.source.cpu()
+    weight = torch.ones(len(target)) if tokens.weight is None else tokens.weight.float().cpu()
+    there = target >= 0
+    total = torch.zeros(tokens.n).index_add(0, target[there], weight[there])
+    averages = ((total - 1).abs() < 1e-4).tolist()
+    entries = [
+        entry for entry in zip(source.tolist(), target.tolist(), weight.tolist(), strict=True) if number[entry[0]] >= 0
+    ]
+    middle = {place: number[token] for token, place, share in entries if share == 1 and place >= 0}
+    for token, place, share in entries:
+        patch = number[token]
+        if place < 0:
+            fate, into = DROPPED, -1
+        elif share == 1:
+            fate, into = KEPT, patch
+        elif place in middle:
+            fate, into = MERGED, middle[place]
+        else:
+            fate, into = (MERGED, place) if averages[place] else (REST, -1)
+        if RANK[fate] > RANK[int(states[patch])]:  # of several places, the first
+            states[patch], group[patch] = fate, into
     return states, group
 
 
@@ -246,7 +256,8 @@ def draw_reduction(
 ) -> Path:
     """What `options` do with the patches of `image` under the question `prompt`; PNG.
 
-    FastV: what it keeps at its own layer, and what it would keep at every other; `progress` wraps the iteration.
+    A method that ranks tokens in a decoder layer (FastV): what it keeps at its own, and what it would keep at every
+    other; `progress` wraps the iteration.
     """
     text = processor.apply_chat_template([user_message(prompt, [image], processor)], add_generation_prompt=True)
     inputs = dict(processor(text=text, images=[to_rgb(image)], return_tensors="pt").to(model.device))
@@ -255,8 +266,9 @@ def draw_reduction(
     if reduction is None:
         raise ValueError("there is no method to draw: pass one such as fastv:k=2,ratio=0.5")
     variants, titles = [options], [_describe(options)]
-    if options["method"] == "fastv":
-        others = [k for k in range(1, model.config.text_config.num_hidden_layers) if k != reduction.k]
+    if isinstance(reduction, StreamReduction) and reduction.needs_scores:
+        sizes = ModelSizes.of(model.config)
+        others = [k for k in range(max(sizes.deepstack, 1), sizes.decoder_layers) if k != reduction.k]
         variants += [{**options, "k": k} for k in others]
         titles += [f"if it were k = {k}" for k in others]
     panels = [patch_fates(model, inputs, variant) for variant in progress(variants)]

@@ -11,17 +11,9 @@ from transformers.masking_utils import find_packed_sequence_indices
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from .freeze_plan import FreezePlan, sliding_window
+from .reduction import ImageReduction, Reduction, is_dropped, last_row_attention
 from .upstream import argument, cache_name, find_cache, not_right
 from .visual_cache import KeyRecorder, ReducedLayer, is_reduced
-from .visual_reduction import ImageReduction, Reduction, keep_highest, last_row_attention
-
-
-DROPPED = float("-inf")  # in every channel of an image feature: the token does not reach the language model
-
-
-def is_dropped(features: torch.Tensor) -> torch.Tensor:
-    """`[..., d]` → `[...]` bool: features that an `ImageReduction` marked."""
-    return (features == DROPPED).all(-1)
 
 
 @dataclass
@@ -101,13 +93,17 @@ class TokenReduction:
         ranks = [self.visual.reduction.count(v) for v in numbers]
         if ranks == numbers:
             return
-        self.first_layer = self.visual.reduction.k
+        self.first_layer = self.visual.reduction.first_layer
         self.counts = [n - v + rank for v, n, rank in zip(numbers, present, ranks, strict=True)]
-        self._ranks, self._candidates, self._text = torch.tensor(ranks, device=real.device), visual, real & ~visual
+        self._ranks, self._candidates, self._real = torch.tensor(ranks, device=real.device), visual, real
         # The last token of each row, padding aside, is the one that looks.
         self._last = torch.where(real, torch.arange(self.length, device=real.device), -1).amax(1).clamp(min=0)
-        if not any(ranks):
-            self._keep(self._text)
+        if not any(ranks) or not self.visual.reduction.needs_scores:
+            self._reduce(None)
+
+    def _reduce(self, scores):
+        tokens = self.visual.reduction.reduce(scores, self._candidates, self._ranks)
+        self._keep(tokens.kept & self._real)
 
     def _keep(self, keep: torch.Tensor):
         """From the mask of kept tokens `[B, S]`: their positions in order, and fillers where a row has fewer."""
@@ -150,7 +146,7 @@ class TokenReduction:
             mask = self._allowed(looks, seen, sliding_window(attention))
             scores = last_row_attention(query[:, :, 0], keys, mask, attention.scaling)[:, -self.length :]
             self.scores = scores.to(self._candidates.device)
-            self._keep(self._text | keep_highest(self.scores, self._candidates, self._ranks))
+            self._reduce(self.scores)
 
     # What the layers see
 

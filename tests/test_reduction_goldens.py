@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
+from shortv_hf.reduction import METHODS, ClsAttention, Patches
 from shortv_hf.upstream import CACHE, find_cache, image_features
-from shortv_hf.visual_reduction import ClsAttention, PruMerge, PruMergePlus
 from shortv_hf.visual_tokens import TokenReduction
 from shortv_hf.vtw_calibration import withdrawal_divergences
 
@@ -113,7 +113,7 @@ def test_vtc_cls_choice(name, layer, token_num, attn):
 @pytest.mark.parametrize(("method", "case"), [("", "i11"), ("plus_", "i11"), ("plus_", "i17")])
 def test_prumerge_tokens(method, case):
     tensors = load_file(SMALL / "prumerge.safetensors")
-    reduction = PruMergePlus() if method else PruMerge()
+    reduction = METHODS["prumerge_plus" if method else "prumerge"]()
     states = tensors[f"{case}/states"]
     normed = torch.nn.functional.layer_norm(states, (32,), tensors["layer_norm1.weight"], tensors["layer_norm1.bias"])
     query, key = (
@@ -125,7 +125,10 @@ def test_prumerge_tokens(method, case):
     attention = vision.row(heads=1)[0]
     torch.testing.assert_close(attention, tensors[f"{name}/cls_scores"][0], **SCORES)
     assert torch.equal(reduction.kept_patches(attention), tensors[f"{name}/keep_indices"][0])
-    tokens = reduction.merge(states[0, 1:], [vision], 0)
+    image = Patches.without_grid(len(attention), states.device)
+    image.vision = [vision]
+    tokens = reduction.reduce(image)
+    tokens = tokens.apply(states[0, 1:])[tokens.kept]
     torch.testing.assert_close(tokens, tensors[f"{name}/features"][0], **LOGITS)
 
 

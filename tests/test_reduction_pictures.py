@@ -11,6 +11,7 @@ from PIL import Image
 from processor_files import write_processor
 from test_visual_reduction import ALL, NEXT, name, reduced_model
 
+from shortv_hf.reduction import visual_reduction_from_text
 from shortv_hf.reduction_pictures import (
     ABSENT,
     DROPPED,
@@ -26,7 +27,6 @@ from shortv_hf.reduction_pictures import (
     patch_fates,
 )
 from shortv_hf.upstream import image_features
-from shortv_hf.visual_reduction import visual_reduction_from_text
 
 
 @pytest.mark.parametrize("options", ALL, ids=name)

@@ -1,0 +1,26 @@
+"""VTW: from layer `k` on, no visual token."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from .reduction import ModelSizes, StreamReduction, TokenMap, keep_only
+
+
+@dataclass(frozen=True)
+class VTW(StreamReduction):
+    """Visual Tokens Withdrawal (Lin et al., AAAI 2025): all visual tokens leave before layer `k`."""
+
+    method: ClassVar[str] = "vtw"
+    k: int = 16
+
+    def count(self, v: int) -> int:
+        return 0
+
+    def reduce(self, scores: Tensor | None, visual: Tensor, counts: Tensor) -> TokenMap:
+        return keep_only(~visual)
+
+    @classmethod
+    def candidates(cls, sizes: ModelSizes, v: int) -> list[dict[str, Any]]:
+        return [{"k": k} for k in range(max(sizes.deepstack, 1), sizes.decoder_layers + 1)]
