@@ -76,7 +76,8 @@ def test_build_and_publish(world):
     assert names == {
         "README.md", "base_weights.py", "chat_template.jinja", "config.json", "configuration_shortv.py",
         "decoder_layer.py", "freeze_plan.py", "generation_config.json", "modeling_shortv.py", "visual_cache.py",
-        "upstream.py", "visual_images.py", "visual_reduction.py", "visual_tokens.py",
+        "reduction.py", "reduction_downsample.py", "reduction_fastv.py", "reduction_prumerge.py", "reduction_random.py",
+        "reduction_vtc_cls.py", "reduction_vtw.py", "upstream.py", "vision.py", "visual_tokens.py",
         "preprocessor_config.json", "processor_config.json", "special_tokens_map.json", "tokenizer.json",
         "tokenizer_config.json",
     }  # fmt: skip
