@@ -60,7 +60,7 @@ class ModelSizes:
         strategy = select_strategy or getattr(config, "vision_feature_select_strategy", None)
         return cls(
             decoder_layers=config.get_text_config().num_hidden_layers,
-            vision_layers=getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0),
+            vision_layers=getattr(vision, "num_hidden_layers", getattr(vision, "depth", 0)),
             vision_type=vision.model_type,
             patches=tokens_per_image(config),
             tiled=bool(getattr(config, "image_grid_pinpoints", None)),
@@ -394,12 +394,8 @@ def left_of_tiles(token_num: int, v: int, sizes: ModelSizes, tiles: int | None) 
 def require_integer(options: Reduction, name: str, low: int, high: int | None = None) -> None:
     """Raises `ValueError` unless the option is an integer in `low..high`, or from `low` on."""
     value = getattr(options, name)
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, Integral)
-        or not low <= value
-        or (high is not None and value > high)
-    ):
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or int(value) < low or (high is not None and int(value) > high):
         valid = f"integers from {low} on" if high is None else f"integers {low} to {high}"
         raise ValueError(f"{options.method}: {name} is {value!r}; the valid range is the {valid}")
 

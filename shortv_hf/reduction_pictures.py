@@ -69,32 +69,25 @@ def patch_fates(model: PreTrainedModel, inputs: dict, options: dict | None) -> l
     """
     if "pixel_values" not in inputs:
         raise ValueError("there is no image to draw on")
-    reduction = parse_visual_reduction(options, ModelSizes.of(model.config))
+    sizes = ModelSizes.of(model.config)
+    reduction = parse_visual_reduction(options, sizes)
     image = {name: inputs[name][:1] for name in ("pixel_values", "image_sizes") if name in inputs}
-    sizes = image.get("image_sizes")
+    size = image.get("image_sizes")
 
     def features() -> list[torch.Tensor]:
-        return image_features(model.get_image_features(**image))
+        with model.using(visual_reduction=None):
+            return image_features(model.get_image_features(**image))
 
-    with model.using(visual_reduction=None):
-        if isinstance(reduction, ImageReduction):
-            reduced = reduced_images(model.model, reduction, features, image_sizes=sizes)[0]
-            patches, tokens = reduced.patches, reduced.map
-        else:
-            lengths = [len(feature) for feature in features()]
-            (patches,) = find_patches(
-                model.model, ModelSizes.of(model.config), lengths, model.device, image_sizes=sizes
-            )
-    if not isinstance(reduction, ImageReduction):
+    if isinstance(reduction, ImageReduction):
+        ((_, patches, tokens),) = reduced_images(model.model, reduction, features, image_sizes=size)
+    else:
+        (feature,) = features()
+        (patches,) = find_patches(model.model, sizes, [len(feature)], feature.device, image_sizes=size)
         with model.using(visual_reduction=options):
-            tokens = keep_only(_kept_in_decoder(model, inputs)[: lengths[0]])
+            tokens = keep_only(_kept_in_decoder(model, inputs)[: len(feature)])
     states, group = _fates(tokens, patches)
-    return [
-        PatchFates(_title(i, patches.tiles, part, number), part, number)
-        for i, (part, number) in enumerate(
-            zip(states.split(patches.per_tile), group.split(patches.per_tile), strict=True)
-        )
-    ]
+    parts = zip(states.split(patches.per_tile), group.split(patches.per_tile), strict=True)
+    return [PatchFates(_title(i, patches.tiles, *part), *part) for i, part in enumerate(parts)]
 
 
 def _title(tile, tiles, states, group):
@@ -123,10 +116,10 @@ def _fates(tokens: TokenMap, patches: Patches) -> tuple[torch.Tensor, torch.Tens
     A patch whose weight is 1 is kept as the middle of a group, which others are merged into; weights that add up to 1
     are an average, without a middle; other sums are the rest.
     """
-    number = (patches.tile * patches.per_tile + patches.patch).cpu()  # of the token's patch
-    number = torch.where(patches.patch.cpu() < 0, -1, number).tolist()
-    states = torch.full((patches.tiles * patches.per_tile,), ABSENT)
-    group = torch.full_like(states, -1)
+    index = patches.tile * patches.per_tile + patches.patch
+    number = torch.where(patches.patch < 0, -1, index).tolist()  # of the patch that a token is
+    states = [ABSENT] * (patches.tiles * patches.per_tile)
+    group = [-1] * len(states)
     target = tokens.target.cpu()
     source = torch.arange(tokens.n) if tokens.source is None else tokens.source.cpu()
     weight = torch.ones(len(target)) if tokens.weight is None else tokens.weight.float().cpu()
@@ -147,9 +140,9 @@ def _fates(tokens: TokenMap, patches: Patches) -> tuple[torch.Tensor, torch.Tens
             fate, into = MERGED, middle[place]
         else:
             fate, into = (MERGED, place) if averages[place] else (REST, -1)
-        if RANK[fate] > RANK[int(states[patch])]:  # of several places, the first
+        if RANK[fate] > RANK[states[patch]]:  # of several places, the first
             states[patch], group[patch] = fate, into
-    return states, group
+    return torch.tensor(states), torch.tensor(group)
 
 
 def seen_pictures(inputs: dict, processor: ProcessorMixin) -> list[Image.Image]:

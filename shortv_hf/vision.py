@@ -41,16 +41,17 @@ def clip_attentions(model: nn.Module) -> list[CLIPAttention]:
     return [module for module in model.modules() if isinstance(module, CLIPAttention)]
 
 
-def _record(module, args, kwargs):
+def _record(module: CLIPAttention, args: tuple, kwargs: dict) -> None:
     recorder = _RECORDER.get() if _OPEN else None
     if recorder is not None and module in recorder.layers:
         recorder.record(module, args[0] if args else kwargs["hidden_states"])
 
 
-def _before_projection(module, args):
+def _before_projection(module: nn.Module, args: tuple) -> tuple | None:
     recorder = _RECORDER.get() if _OPEN else None
     if recorder is not None and module is recorder.projector and args:
         return (recorder.before_projection(args[0]), *args[1:])
+    return None
 
 
 class VisionRecorder:
@@ -73,7 +74,7 @@ class VisionRecorder:
         _OPEN.append(self)
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         _OPEN.remove(self)
         _RECORDER.reset(self._token)
 
