@@ -31,39 +31,20 @@ from shortv_hf.reduction import METHODS, ModelSizes, parse_visual_reduction
 from shortv_hf.upstream import find_cache
 
 
-def candidates(method: str, sizes: ModelSizes, v: int) -> list[dict]:
-    """Options of a method among which to look for a cost; one entry if its cost cannot be set."""
-    n, layers = sizes.patches, sizes.decoder_layers
-    if method == "fastv":
-        k = min(2, layers - 1)
-        return [{"k": k, "ratio": round(1 - rank / v, 6)} for rank in range(v + 1)]
-    if method == "vtw":
-        return [{"k": k} for k in range(1, layers + 1)]
-    if method == "vtc_cls":  # layer 16 of 24, as released
-        layer = min(round(sizes.vision_layers * 2 / 3), sizes.vision_layers - 2)
-        return [{"layer": layer, "token_num": number} for number in range(1, n + 1)]
-    if method == "random":
-        return [{"token_num": number, "seed": 0} for number in range(1, n + 1)]
-    if method == "downsample":
-        side = math.isqrt(n)
-        return [{"factor": factor} for factor in range(1, side + 1) if side % factor == 0]
-    return [{}]
-
-
 def matched(method: str, config, t: int, v: int, target: float) -> dict | None:
     """The method's options whose FLOPs ratio is closest to `target`; `None` if it is undefined for this model."""
     sizes, best = ModelSizes.of(config), None
-    for options in candidates(method, sizes, v):
+    tiles = max(v // sizes.patches, 1) if sizes.patches else 1  # whole ones; of the others, all tokens stay
+    candidates = METHODS[method].candidates(sizes, v)
+    for options in candidates:
         options = {"method": method, **options}
         try:
-            parse_visual_reduction(options, sizes)
+            reduction = parse_visual_reduction(options, sizes)
         except ValueError:
             return None
-        if len(options) == 1:
+        if len(candidates) == 1:
             return options
-        kept = None
-        if "token_num" in options and v % sizes.patches:  # tiles with newlines: the whole tiles decide
-            kept = v - max(v // sizes.patches, 1) * (sizes.patches - options["token_num"])
+        kept = reduction.left(v, sizes, tiles) if reduction.left(v, sizes) is None else None
         ratio = flops_ratio(t, v, config, shortv_layers=[], visual_reduction=options, kept=kept)
         if best is None or abs(ratio - target) < best[0]:
             best = (abs(ratio - target), options)

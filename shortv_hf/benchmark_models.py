@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from .configuration_shortv import SHORTV_FIELDS, ShortVLlavaConfig
-from .flops import kept_visual_tokens
+from .flops import visual_tokens_by_layer
 from .modeling_shortv import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
 from .paper_models import PAPER_MODELS
 from .upstream import image_features
@@ -87,10 +87,7 @@ class Method:
 
     def per_layer(self, v: int, n_layers: int) -> list[tuple[int, bool]]:
         """Visual tokens of each decoder layer, of `v` in the prompt, and whether the layer freezes them."""
-        counts = [v] * n_layers
-        if self.visual_reduction is not None:
-            first = self.visual_reduction["k"]
-            counts[first:] = [kept_visual_tokens(v, self.visual_reduction)] * (n_layers - first)
+        counts = visual_tokens_by_layer(v, n_layers, self.visual_reduction)
         return [(count, i in (self.shortv_layers or ())) for i, count in enumerate(counts)]
 
 

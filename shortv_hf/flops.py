@@ -12,7 +12,8 @@ model keep; ShortV layers freeze what is left. FastV's own cost, one row of atte
 
 from dataclasses import dataclass
 
-from .reduction import ModelSizes, StreamReduction, parse_visual_reduction
+from . import configuration_shortv  # noqa: F401  # registers the methods
+from .reduction import ModelSizes, Reduction, StreamReduction, parse_visual_reduction, tokens_per_image
 
 
 @dataclass(frozen=True)
@@ -61,25 +62,51 @@ def layer_flops(t: int, v: int, config=None, *, frozen: bool = False, h: int | N
 
 
 def visual_tokens_of(config) -> int:
-    """Visual tokens of one picture: those of the vision tower; of models that cut images into tiles those of an overview
-    and 2 x 2 tiles, as in the paper's tables (newline tokens not counted). Models that keep an image's size have as many
-    as it asks for: here those of 896 x 896 pixels."""
-    sizes, vision = ModelSizes.of(config), config.vision_config
-    if sizes.patches is None:
-        return (896 // (vision.patch_size * vision.spatial_merge_size)) ** 2
-    return (5 if sizes.tiled else 1) * sizes.patches
+    """Visual tokens of one picture; of models that cut it into tiles those of an overview and 2 x 2 tiles, as in the paper's
+    tables (newline tokens not counted); of models that keep its size those of 896 x 896 pixels."""
+    patches, vision = tokens_per_image(config), config.vision_config
+    if patches is None:
+        merged = getattr(vision, "spatial_merge_size", 1)
+        patches = (getattr(vision, "image_size", 896) // (vision.patch_size * merged)) ** 2
+    return (5 if getattr(config, "image_grid_pinpoints", None) else 1) * patches
 
 
 def kept_visual_tokens(v: int, visual_reduction: dict | None, config=None, *, kept: int | None = None) -> int:
     """How many of `v` visual tokens a method leaves.
 
-    PruMerge and PruMerge+ keep as many as an image asks for, and in LLaVA-NeXT the tokens of an image depend on its
-    shape: there the caller says how many are `kept`.
+    Some methods (PruMerge) keep as many as an image asks for, and in some families (LLaVA-NeXT) the tokens of an image
+    depend on its shape: there the caller says how many are `kept`.
 
     Raises:
         ValueError: for a bad method or option, if `kept` is needed and missing, or if it is not in 0..v.
     """
-    reduction = _parse(visual_reduction, v, config)
+    return _left(_parse(visual_reduction, v, config), v, config, kept)
+
+
+def visual_tokens_by_layer(
+    v: int, n_layers: int, visual_reduction: dict | None, config=None, *, kept: int | None = None
+) -> list[int]:
+    """How many of `v` visual tokens each of `n_layers` decoder layers sees. Arguments and errors as in
+    [`kept_visual_tokens`]."""
+    reduction = _parse(visual_reduction, v, config, n_layers)
+    left = _left(reduction, v, config, kept)
+    first = 0 if reduction is None else reduction.first_layer
+    return [v if layer < first else left for layer in range(n_layers)]
+
+
+def _parse(visual_reduction: dict | None, v: int, config=None, n_layers: int | None = None) -> Reduction | None:
+    return parse_visual_reduction(visual_reduction, _sizes(v, config, n_layers))
+
+
+def _sizes(v: int, config=None, n_layers: int | None = None) -> ModelSizes:
+    """The sizes to check options against; where there is no vision config, those of one image of `v` tokens."""
+    if hasattr(config, "vision_config"):
+        return ModelSizes.of(config)
+    n_layers = n_layers or (10**6 if config is None else config.get_text_config().num_hidden_layers)
+    return ModelSizes(n_layers, 24, "clip_vision_model", v, False, False)
+
+
+def _left(reduction: Reduction | None, v: int, config, kept: int | None) -> int:
     if kept is not None and (reduction is None or isinstance(reduction, StreamReduction)):
         method = "no method" if reduction is None else reduction.method
         raise ValueError(f"kept is {kept}; with {method}, the options say how many visual tokens stay")
@@ -95,20 +122,6 @@ def kept_visual_tokens(v: int, visual_reduction: dict | None, config=None, *, ke
             f"how many of {v} visual tokens {reduction.method} keeps depends on the image: say how many are kept (--kept)"
         )
     return left
-
-
-def _parse(visual_reduction, v, config, L=None):
-    if visual_reduction is None:
-        return None
-    return parse_visual_reduction(visual_reduction, _sizes(v, config, L))
-
-
-def _sizes(v, config, L=None) -> ModelSizes:
-    """Of a model; without a vision config, of one whose image makes v tokens, like LLaVA-1.5's."""
-    if hasattr(config, "vision_config"):
-        return ModelSizes.of(config)
-    L = L or (10**6 if config is None else config.get_text_config().num_hidden_layers)
-    return ModelSizes(L, 24, "clip_vision_model", v)
 
 
 def prefill_flops(
@@ -151,18 +164,15 @@ def prefill_flops(
     N = len(shortv_layers or ()) if N is None else N
     if not 0 <= N <= L:
         raise ValueError(f"N is {N}; the model has {L} layers, so the valid range is 0 to {L}")
-    reduction = _parse(visual_reduction, v, config, L)
-    first = 0 if reduction is None else reduction.first_layer
-    if first and shortv_layers is None and N:
-        raise ValueError(f"{reduction.method} drops tokens at layer {first}: pass shortv_layers instead of N = {N}")
-    left = kept_visual_tokens(v, visual_reduction, config, kept=kept)
-    frozen_before = sum(layer < first for layer in shortv_layers or ())
-
-    def flops(count, visual, frozen):
-        return count * layer_flops(t, visual, config, frozen=frozen, h=h, m=m) if count else 0
-
-    before = flops(first - frozen_before, v, False) + flops(frozen_before, v, True)
-    return before + flops(L - first - N + frozen_before, left, False) + flops(N - frozen_before, left, True)
+    if shortv_layers is None and N and visual_reduction is not None:
+        reduction = _parse(visual_reduction, v, config, L)
+        if reduction is not None and reduction.first_layer:
+            raise ValueError(
+                f"{reduction.method} drops tokens at layer {reduction.first_layer}: pass shortv_layers instead of N = {N}"
+            )
+    counts = visual_tokens_by_layer(v, L, visual_reduction, config, kept=kept)
+    frozen = range(N) if shortv_layers is None else shortv_layers
+    return sum(layer_flops(t, count, config, frozen=layer in frozen, h=h, m=m) for layer, count in enumerate(counts))
 
 
 def flops_ratio(t: int, v: int, config=None, *, h=None, m=None, L=None, **reduced) -> float:

@@ -58,12 +58,6 @@ from .configuration_shortv import (
 from .decoder_layer import ShortVAttentionMixin, ShortVDecoderLayerMixin, graft
 from .plan import Plan
 from .reduction import ImageReduction, ModelSizes, Reduction, is_dropped, parse_visual_reduction
-from .reduction_downsample import Downsample
-from .reduction_fastv import FastV
-from .reduction_prumerge import PruMerge
-from .reduction_random import RandomSubset
-from .reduction_vtc_cls import VTCCLS
-from .reduction_vtw import VTW
 from .rows import Rows
 from .upstream import (
     cached_lengths,
@@ -83,8 +77,7 @@ from .vision import listen, reduced_features
 
 
 logger = logging.get_logger(__name__)
-# Of a local directory, Transformers 4.57 copies what this file imports itself, and not what its imports import.
-COPIED_TOO = (Downsample, FastV, PruMerge, RandomSubset, Rows, VTCCLS, VTW)
+COPIED_TOO = (Rows,)  # of a local directory, 4.57 copies what this file imports itself, not what its imports import
 
 
 class ShortVTextModelMixin:

@@ -1,306 +1,141 @@
-"""What a visual-token reduction method is: options, and one function that returns a map of tokens.
+"""What a visual-token reduction method is: its options, and one function that says where each token goes.
 
-A method is one small class in a file of its own (`reduction_….py`); its fields are the options of the dict in
-`config.visual_reduction`. It works at one of two places (shapes: B rows, S tokens, N tokens of an image):
+One method is one small frozen dataclass in a file of its own, `reduction_<method>.py`; its fields are the options of the
+dict in `config.visual_reduction`. Defining it puts it into `METHODS`; `configuration_shortv.py` imports each file. A
+method works at one of two places (shapes: B rows, S tokens, n tokens per image):
 
-    `StreamReduction`: tokens leave the stream at the input of decoder layer `k` and keep their positions.
-    `ImageReduction`: the language model never sees the others; positions in a row are contiguous.
+    `StreamReduction`: tokens leave before decoder layer `k` and keep their positions. How many of a row stay is known
+        before (`count`); which ones may depend on the attention of the prompt's last token.
+    `ImageReduction`: after the vision tower; the language model never sees the others, and its positions are contiguous.
 
-Both say what becomes of each token by a [`TokenMap`], so that nothing else needs to know which method made it: the
-decoder (`plan.py`), the vision side (`vision.py`), pictures and FLOPs.
+Both answer with a [`TokenMap`]. Who carries it out, draws it or counts it reads the map and knows no method. The surgery
+on the models is in `vision.py` (images) and in the text model.
 """
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
 
 
-# In every channel of an image feature: the token does not reach the language model.
-DROPPED = float("-inf")
+DROPPED = float("-inf")  # in every channel of an image feature: the token does not reach the language model
 
 
 def is_dropped(features: Tensor) -> Tensor:
-    """`[..., d]` → `[...]` bool: features that an [`ImageReduction`] marked."""
+    """`[..., d]` → `[...]` bool: features that an [`ImageReduction`] left out."""
     return (features == DROPPED).all(-1)
+
+
+# What methods are checked against, and what they answer with
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """The sizes of a model that options are checked against.
+
+    Attributes:
+        decoder_layers, vision_layers: number of layers of the decoder and of the vision tower.
+        vision_type: the `model_type` of the vision tower.
+        patches: visual tokens per image, or per tile where there are tiles; `None` where they vary.
+        tiled: whether an image is several tiles, with a newline token after each row of them.
+        has_cls_feature: whether the tower's CLS token goes to the language model too.
+        deepstack: after how many of the first decoder layers image features are added to the visual tokens once more.
+    """
+
+    decoder_layers: int
+    vision_layers: int
+    vision_type: str
+    patches: int | None
+    tiled: bool
+    has_cls_feature: bool
+    deepstack: int = 0
+
+    @classmethod
+    def of(cls, config: Any, select_strategy: str | None = None) -> "ModelSizes":
+        """Sizes of a vision-language config; with a call's own `vision_feature_select_strategy`, if it has one."""
+        vision = config.vision_config
+        strategy = select_strategy or getattr(config, "vision_feature_select_strategy", None)
+        return cls(
+            decoder_layers=config.get_text_config().num_hidden_layers,
+            vision_layers=getattr(vision, "num_hidden_layers", getattr(vision, "depth", 0)),
+            vision_type=vision.model_type,
+            patches=tokens_per_image(config),
+            tiled=bool(getattr(config, "image_grid_pinpoints", None)),
+            has_cls_feature=strategy == "full" and vision.model_type == "clip_vision_model",  # SigLIP's has none
+            deepstack=len(getattr(vision, "deepstack_visual_indexes", None) or ()),
+        )
+
+
+def tokens_per_image(config: Any) -> int | None:
+    """Visual tokens that an image (or a tile of it) gives, newlines aside; `None` where it depends on the image."""
+    vision = config.vision_config
+    if hasattr(config, "mm_tokens_per_image"):  # pooled by the projector
+        return config.mm_tokens_per_image
+    if hasattr(config, "downsample_ratio"):  # pixels shuffled before it
+        return config.image_seq_length
+    resolution_varies = hasattr(config, "spatial_merge_size") or hasattr(vision, "spatial_merge_size")
+    interpolates = hasattr(config, "vision_aspect_ratio")  # images with many tiles
+    if resolution_varies or interpolates or not hasattr(vision, "image_size"):
+        return None
+    (height, width), (patch_height, patch_width) = pair(vision.image_size), pair(vision.patch_size)
+    return (height // patch_height) * (width // patch_width)
+
+
+def pair(size: int | list[int]) -> tuple[int, int]:
+    """Height and width, from one number for both or from the two."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 @dataclass(frozen=True)
 class TokenMap:
-    """New tokens out of N old ones.
+    """Where N tokens go: sums of them take some of the N places, and the other places hold nothing afterwards.
 
     Attributes:
-        n: N.
-        target: `[..., E]`, the place of the token that this one goes to; -1: dropped.
-        weight: `[..., E]`, how much of it goes there; `None`: all of it.
-        source: `[..., E]`, which of the old tokens each entry is; `None`: each once, in order, so that E = N.
+        target: `[..., E]` long: the place that a token goes to; -1: it is dropped.
+        n: N, the number of tokens and of places.
+        weight: `[..., E]` float: the token's factor in the sum at that place; `None`: 1.
+        source: `[..., E]` long: which token it is, where some go to several places; `None`: each once, in order (E = N).
+            Of a token's entries, the first is the place that it has most to do with.
     """
 
-    n: int
     target: Tensor
+    n: int
     weight: Tensor | None = None
     source: Tensor | None = None
 
     @property
     def kept(self) -> Tensor:
-        """`[..., N]` bool, the places that hold a token afterwards."""
-        places = torch.zeros(*self.target.shape[:-1], self.n + 1, dtype=torch.bool, device=self.target.device)
-        return places.scatter(-1, self._places, True)[..., : self.n]
-
-    @property
-    def _places(self) -> Tensor:
-        return torch.where(self.target < 0, self.n, self.target)  # what is dropped goes behind the last
-
-    @property
-    def moves(self) -> bool:
-        """Whether tokens change, and do not just stay or go."""
-        return self.weight is not None or self.source is not None
+        """`[..., N]` bool: the places that hold a token afterwards."""
+        held = self.target.new_zeros((*self.target.shape[:-1], self.n + 1), dtype=torch.bool)
+        return held.scatter(-1, self._places(), True)[..., : self.n]
 
     def apply(self, states: Tensor) -> Tensor:
-        """`[..., N, C]` → `[..., N, C]`, out of place: new tokens at their places, and nothing of use elsewhere."""
-        if not self.moves:
+        """The tokens `[..., N, C]` at their new places, out of place; 0 where no token is. Where nothing is merged, the
+        states themselves: tokens that stay are where they were. Sums are float32."""
+        if self.weight is None and self.source is None:
             return states
-        taken = states.float()
+        parts = states.float()
         if self.source is not None:
-            taken = taken.gather(-2, self.source[..., None].expand(*self.source.shape, states.shape[-1]))
+            parts = torch.take_along_dim(parts, self.source[..., None], dim=-2)
         if self.weight is not None:
-            taken = taken * self.weight[..., None]
-        new = taken.new_zeros(*states.shape[:-2], self.n + 1, states.shape[-1])
-        new = new.scatter_add(-2, self._places[..., None].expand_as(taken), taken)
-        return new[..., : self.n, :].to(states.dtype)
+            parts = parts * self.weight.float()[..., None]
+        places = self._places()[..., None].expand_as(parts)
+        sums = parts.new_zeros((*parts.shape[:-2], self.n + 1, parts.shape[-1])).scatter_add(-2, places, parts)
+        return sums[..., : self.n, :].to(states.dtype)
 
-    @classmethod
-    def keeping(cls, keep: Tensor) -> "TokenMap":
-        """The map that leaves the tokens where `keep` `[..., N]` is True as they are, and drops the others."""
-        n = keep.shape[-1]
-        return cls(n, torch.where(keep, torch.arange(n, device=keep.device), -1))
+    def _places(self) -> Tensor:
+        """The targets; a place behind the last for tokens that are dropped."""
+        return torch.where(self.target >= 0, self.target, self.n)
 
 
-@dataclass(frozen=True)
-class ModelSizes:
-    """What options are checked against: layers of the decoder and of the vision tower, the tower's type, and how images
-    become tokens."""
-
-    decoder_layers: int
-    vision_layers: int
-    vision_type: str
-    patches: int | None  # visual tokens per tile or image; None where it varies from image to image
-    tiled: bool = False  # several tiles per image, and newline tokens between
-    has_cls_feature: bool = False  # the tower's CLS token goes to the language model too
-    deepstack: int = 0  # the first layers of the decoder, which add features to visual tokens
-
-    @classmethod
-    def of(cls, config: PretrainedConfig, select_strategy: str | None = None) -> "ModelSizes":
-        """Sizes of a vision-language model's config; with a call's own `vision_feature_select_strategy`, if it has one."""
-        vision = config.vision_config
-        strategy = select_strategy or getattr(config, "vision_feature_select_strategy", None)
-        return cls(
-            decoder_layers=config.get_text_config().num_hidden_layers,
-            vision_layers=getattr(vision, "num_hidden_layers", None) or getattr(vision, "depth", 0),
-            vision_type=vision.model_type,
-            patches=_tokens_per_image(config),
-            tiled=getattr(config, "image_grid_pinpoints", None) is not None,
-            has_cls_feature=strategy == "full" and vision.model_type == "clip_vision_model",
-            deepstack=len(getattr(vision, "deepstack_visual_indexes", None) or ()),
-        )
-
-
-def _tokens_per_image(config: PretrainedConfig) -> int | None:
-    if hasattr(config, "mm_tokens_per_image"):  # families that pool patches say how many are left
-        return config.mm_tokens_per_image
-    if hasattr(config, "downsample_ratio"):
-        return config.image_seq_length
-    vision = config.vision_config
-    sides = [_both(getattr(vision, name, None)) for name in ("image_size", "patch_size")]
-    if None in sides or hasattr(vision, "spatial_merge_size") or hasattr(config, "spatial_merge_size"):
-        return None
-    (height, width), (patch_height, patch_width) = sides
-    return (height // patch_height) * (width // patch_width)
-
-
-def _both(size: Any) -> tuple[int, int] | None:
-    """Height and width, of one number or of two."""
-    if isinstance(size, (list, tuple)):
-        return size[0], size[1]
-    return None if size is None else (size, size)
-
-
-METHODS: dict[str, type["Reduction"]] = {}  # filled by the classes themselves
-
-
-class Reduction:
-    """What all methods share. `identity(sizes)`: these options change nothing, so the dense code runs.
-    `looks_at_last_token`: the choice depends on the prompt's last token, so that the prompt must come in one piece, and
-    without a cache every step chooses anew."""
-
-    method: ClassVar[str]
-    looks_at_last_token: ClassVar[bool] = False
-
-    def __init_subclass__(cls, **kwargs: Any):
-        super().__init_subclass__(**kwargs)
-        if "method" in vars(cls):
-            METHODS[cls.method] = cls
-
-    @property
-    def first_layer(self) -> int:
-        """The first decoder layer that sees fewer tokens."""
-        raise NotImplementedError
-
-    def check(self, sizes: ModelSizes):
-        """Raises `ValueError` that names the offending value and the valid range."""
-
-    def identity(self, sizes: ModelSizes) -> bool:
-        return False
-
-    def left(self, v: int, sizes: ModelSizes) -> int | None:
-        """How many of a prompt's `v` visual tokens stay; `None` if that depends on the image."""
-        return None
-
-
-class StreamReduction(Reduction):
-    """Visual tokens leave at the input of decoder layer `k` (0-based), at prefill only."""
-
-    k: int
-
-    @property
-    def first_layer(self) -> int:
-        return self.k
-
-    def check(self, sizes: ModelSizes):
-        require_integer(self, "k", 1, sizes.decoder_layers)
-        if self.k < sizes.deepstack:
-            raise ValueError(
-                f"{self.method}: k is {self.k}; this model's first {sizes.deepstack} layers add features of the vision "
-                f"tower to visual tokens, so the valid range is the integers {sizes.deepstack} to {sizes.decoder_layers}"
-            )
-
-    def left(self, v: int, sizes: ModelSizes) -> int | None:
-        return self.count(v)
-
-    @property
-    def needs_scores(self) -> bool:
-        """Whether tokens are ranked by the attention that the prompt's last token pays them in layer k - 1."""
-        return False
-
-    def count(self, v: int) -> int:
-        """How many of a row's `v` visual tokens stay."""
-        raise NotImplementedError
-
-    def reduce(self, scores: Tensor | None, visual: Tensor, counts: Tensor) -> TokenMap:
-        """What becomes of the tokens of each row, without a host synchronisation.
-
-        Args:
-            scores: `[B, S]` float32, where `needs_scores`. visual: `[B, S]` bool, the tokens that may go. counts: `[B]`,
-                how many of them stay.
-        """
-        raise NotImplementedError
-
-
-@dataclass
-class Patches:
-    """The n tokens of an image, or of a video.
-
-    Attributes:
-        tile: `[n]`, the tile (of a video: the frame) of each token.
-        patch: `[n]`, which patch of its tile it is; -1: a newline token, which always stays.
-        tiles: how many tiles there are.
-        height, width: the grid of a tile's patches; `None` if it is not known.
-        vision: what was recorded in the vision tower, tiles first.
-    """
-
-    tile: Tensor
-    patch: Tensor
-    tiles: int
-    height: int | None
-    width: int | None
-    vision: list["ClsAttention"]
-
-    @classmethod
-    def grid(cls, tiles: int, height: int, width: int, device: torch.device | str = "cpu") -> "Patches":
-        """Tiles of patches without newlines."""
-        n = height * width
-        places = torch.arange(tiles * n, device=device)
-        return cls(places // n, places % n, tiles, height, width, [])
-
-    def highest(self, scores: Tensor, count: int) -> Tensor:
-        """`[n]` bool: newlines, and in each tile the `count` tokens with the highest `scores` `[tiles, patches]`, of
-        those that are there."""
-        newline = self.patch < 0
-        at = self.tile.to(scores.device), self.patch.clamp(min=0).to(scores.device)
-        present = torch.zeros_like(scores, dtype=torch.bool).index_put(
-            (at[0][~newline], at[1][~newline]), _true(scores)
-        )
-        keep = keep_highest(scores, present, torch.full((len(scores),), count, device=scores.device))
-        return keep[at].to(newline.device) | newline
-
-
-def _true(like: Tensor) -> Tensor:
-    return torch.ones((), dtype=torch.bool, device=like.device)
-
-
-class ImageReduction(Reduction):
-    """Visual tokens are cut after the vision tower: per image or video, and per tile where tiles are known."""
-
-    needs_cls_attention: ClassVar[bool] = False
-    merges: ClassVar[bool] = False
-
-    @property
-    def first_layer(self) -> int:
-        return 0
-
-    def check(self, sizes: ModelSizes):
-        if self.needs_cls_attention and sizes.vision_type != "clip_vision_model":
-            raise ValueError(
-                f"{self.method} reads the attention of [CLS] in a clip_vision_model; the vision tower is "
-                f"{sizes.vision_type!r}"
-            )
-        if sizes.has_cls_feature:
-            raise ValueError(
-                f"{self.method} works on patches; vision_feature_select_strategy is 'full', the valid value is 'default'"
-            )
-        if self.merges and sizes.tiled:
-            raise ValueError(
-                f"{self.method} is not defined for images in tiles, as LLaVA-NeXT has them: its tokens have no place in the "
-                "rows of the tile grid, which newline tokens end"
-            )
-
-    def vision_layers(self, n: int) -> list[int]:
-        """The layers of a vision tower of `n` whose CLS query and keys the method reads."""
-        return []
-
-    def reduce(self, image: Patches) -> TokenMap:
-        """What becomes of an image's n tokens."""
-        raise NotImplementedError
-
-
-class SelectingReduction(ImageReduction):
-    """Keeps `token_num` tokens of every tile or image as they are."""
-
-    token_num: int
-
-    def check(self, sizes: ModelSizes):
-        super().check(sizes)
-        per_tile = None if sizes.tiled and sizes.vision_type != "clip_vision_model" else sizes.patches
-        require_integer(self, "token_num", 1, per_tile)
-
-    def identity(self, sizes: ModelSizes) -> bool:
-        return self.token_num == sizes.patches and not (sizes.tiled and sizes.vision_type != "clip_vision_model")
-
-    def left(self, v: int, sizes: ModelSizes) -> int | None:
-        if sizes.patches is None or v % sizes.patches:
-            return None
-        return self.token_num * (v // sizes.patches)
-
-
-# What methods are made of
+# What methods look at
 
 
 def last_row_attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """Attention of one query per row, mean over heads.
+    """Attention of one query per row, mean over heads: the only row that a method needs.
 
     Args:
         query: `[B, heads, d]`.
@@ -316,12 +151,6 @@ def last_row_attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling:
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1).mean((1, 2))
-
-
-def keep_highest(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
-    """Mask `[B, S]` of the `counts` `[B]` candidates with the highest `scores` `[B, S]`; of equal ones the first."""
-    ranked = scores.masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    return candidates & (ranked.argsort(dim=1) < counts[:, None])
 
 
 @dataclass
@@ -340,24 +169,235 @@ class ClsAttention:
         keys = self.keys.unflatten(-1, (heads, -1)).transpose(1, 2)
         return last_row_attention(query, keys, None, query.shape[-1] ** -0.5)[:, 1:]
 
-    def of_tiles(self, start: int, n: int) -> "ClsAttention":
-        return ClsAttention(self.query[start : start + n], self.keys[start : start + n], self.heads)
+    def of_tiles(self, tiles: slice, device: torch.device) -> "ClsAttention":
+        """That of some of the tiles, on a device."""
+        return ClsAttention(self.query[tiles].to(device), self.keys[tiles].to(device), self.heads)
 
 
-# Options
+@dataclass
+class Patches:
+    """The n visual tokens of one image, in the order of the prompt.
+
+    Attributes:
+        tile: `[n]` long: the tile that the token is of.
+        patch: `[n]` long: its index in the tile, in raster order; -1 for newline tokens, which no method touches.
+        tiles: number of tiles; the frames of a video are tiles.
+        height, width: of the grid of a tile, in tokens; `None` where it is not known: one tile of n patches then.
+        vision: of the layers that the method asks for, [CLS] in this image's tiles.
+        video: whether the tiles are frames.
+    """
+
+    tile: Tensor
+    patch: Tensor
+    tiles: int
+    height: int | None
+    width: int | None
+    vision: list[ClsAttention] = field(default_factory=list)
+    video: bool = False
+
+    @classmethod
+    def of_grid(cls, tiles: int, height: int, width: int, device: torch.device, video: bool = False) -> "Patches":
+        """All patches of some tiles of one grid."""
+        index = torch.arange(tiles * height * width, device=device)
+        return cls(index // (height * width), index % (height * width), tiles, height, width, video=video)
+
+    @classmethod
+    def without_grid(cls, n: int, device: torch.device) -> "Patches":
+        """`n` patches of which no more is known."""
+        return cls(torch.zeros(n, dtype=torch.long, device=device), torch.arange(n, device=device), 1, None, None)
+
+    @property
+    def per_tile(self) -> int:
+        """Patches of a tile, those of the padding around an image, which are not in the prompt, included."""
+        return len(self.patch) if self.height is None or self.width is None else self.height * self.width
+
+    def as_one_tile(self) -> "Patches":
+        """The same tokens, whatever tiles they are of."""
+        return replace(Patches.without_grid(len(self.patch), self.patch.device), vision=self.vision)
 
 
-def require_integer(options: Reduction, name: str, low: int, high: int | None):
-    """Raises `ValueError` unless the option is an integer in `low..high`, without an upper end if that is `None`."""
+# The kinds of methods
+
+METHODS: dict[str, type["Reduction"]] = {}
+
+
+class Reduction:
+    """What all methods share; a subclass with a `method` is one, and registers itself."""
+
+    method: ClassVar[str]
+    merges: ClassVar[bool] = False  # whether tokens are sums of others
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        if "method" in vars(cls):
+            METHODS[cls.method] = cls
+
+    @property
+    def first_layer(self) -> int:
+        """The first decoder layer (0-based) that sees fewer tokens."""
+        raise NotImplementedError
+
+    @property
+    def looks_at_last_token(self) -> bool:
+        """Whether the choice depends on the prompt's last token, so that the prompt must come in one piece, and without
+        a cache every step chooses anew."""
+        return False
+
+    def check(self, sizes: ModelSizes) -> None:
+        """Raises `ValueError` that names the offending value and the valid range."""
+
+    def identity(self, sizes: ModelSizes) -> bool:
+        """Whether these options change nothing, so that the dense code runs."""
+        return False
+
+    def left(self, v: int, sizes: ModelSizes, tiles: int | None = None) -> int | None:
+        """How many of `v` visual tokens are left from layer `first_layer` on; `None` where that depends on the image.
+        `tiles`: of how many whole tiles (images, where there are none) they are; needed with newlines among them."""
+        raise NotImplementedError
+
+    @classmethod
+    def candidates(cls, sizes: ModelSizes, v: int) -> list[dict[str, Any]]:
+        """Options among which to look for a given cost, for prompts of `v` visual tokens; one entry, without options, if
+        the cost cannot be set."""
+        return [{}]
+
+
+class StreamReduction(Reduction):
+    """Visual tokens leave at the input of decoder layer `k` (0-based), at prefill only."""
+
+    k: int
+
+    @property
+    def first_layer(self) -> int:
+        return self.k
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether `reduce` needs the attention of each row's last token in layer `k` - 1."""
+        return False
+
+    @property
+    def looks_at_last_token(self) -> bool:
+        return self.needs_scores
+
+    def check(self, sizes: ModelSizes) -> None:
+        require_integer(self, "k", 1, sizes.decoder_layers)
+        if self.k < sizes.deepstack:
+            raise ValueError(
+                f"{self.method}: k is {self.k}; image features are added to the visual tokens after the first "
+                f"{sizes.deepstack} layers, which must see them all: the valid range is the integers {sizes.deepstack} "
+                f"to {sizes.decoder_layers}"
+            )
+
+    def identity(self, sizes: ModelSizes) -> bool:
+        return self.k == sizes.decoder_layers
+
+    def left(self, v: int, sizes: ModelSizes, tiles: int | None = None) -> int | None:
+        return self.count(v)
+
+    def count(self, v: int) -> int:
+        """How many of a row's `v` visual tokens stay."""
+        raise NotImplementedError
+
+    def reduce(self, scores: Tensor | None, visual: Tensor, counts: Tensor) -> TokenMap:
+        """Where the tokens of each row go, without a synchronisation.
+
+        Args:
+            scores: `[B, S]` float32, the attention of each row's last token; `None` where no token stays or the method
+                needs none.
+            visual: `[B, S]` bool, True at visual tokens. The others go to themselves.
+            counts: `[B]` long, what `count` says of each row.
+
+        Returns:
+            A map with `target` `[B, S]`.
+        """
+        raise NotImplementedError
+
+
+class ImageReduction(Reduction):
+    """Visual tokens are cut after the vision tower; per image, and per tile where there are tiles."""
+
+    needs_cls_attention: ClassVar[bool] = False
+
+    @property
+    def first_layer(self) -> int:
+        return 0
+
+    def check(self, sizes: ModelSizes) -> None:
+        if self.needs_cls_attention and sizes.vision_type != "clip_vision_model":
+            raise ValueError(
+                f"{self.method} looks at the [CLS] token of a clip_vision_model; the vision tower is {sizes.vision_type!r}"
+            )
+        if sizes.has_cls_feature:
+            raise ValueError(
+                f"{self.method} works on patches; vision_feature_select_strategy is 'full', the valid value is 'default'"
+            )
+        if self.merges and sizes.tiled:
+            *others, last = (name for name, each in METHODS.items() if not each.merges)
+            raise ValueError(
+                f"{self.method} is not defined for LLaVA-NeXT and others that cut images into tiles: its tokens have no "
+                "place in the rows of the tile grid, which newline tokens end; valid methods are "
+                f"{', '.join(others)} and {last}"
+            )
+
+    def vision_layers(self, n: int) -> list[int]:
+        """The layers of a vision tower of `n` whose CLS query and keys the method reads."""
+        return []
+
+    def reduce(self, image: Patches) -> TokenMap:
+        """Where the n tokens of one image go: a map with `target` `[E]`. Newline tokens stay at their own places.
+
+        Raises:
+            ValueError: if the method needs a grid, and that of the image is not known.
+        """
+        raise NotImplementedError
+
+
+def keep_highest(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
+    """Mask `[B, S]` of the `counts` `[B]` candidates with the highest `scores` `[B, S]`; of equal ones the first."""
+    ranked = scores.masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
+    return candidates & (ranked.argsort(dim=1) < counts[:, None])
+
+
+def keep_only(keep: Tensor) -> TokenMap:
+    """The map of the mask `[..., N]`: tokens stay where they are, or are dropped."""
+    places = torch.arange(keep.shape[-1], device=keep.device)
+    return TokenMap(torch.where(keep, places, -1), keep.shape[-1])
+
+
+def keep_in_tiles(scores: Tensor, image: Patches, number: int) -> TokenMap:
+    """Of each tile, the `number` patches in the prompt with the highest `scores` `[tiles, patches]` stay, or all if there
+    are fewer."""
+    tiles, size = scores.shape
+    newline = image.patch < 0
+    place = torch.where(newline, tiles * size, image.tile * size + image.patch)
+    present = torch.zeros(tiles * size + 1, dtype=torch.bool, device=place.device).scatter(0, place, True)
+    counts = torch.full((tiles,), number, device=place.device)
+    keep = keep_highest(scores, present[:-1].view(tiles, size), counts).flatten()
+    return keep_only(torch.nn.functional.pad(keep, (0, 1), value=True)[place])
+
+
+def left_of_tiles(token_num: int, v: int, sizes: ModelSizes, tiles: int | None) -> int | None:
+    """[`Reduction.left`] of a method that keeps `token_num` tokens of each tile, and newlines."""
+    if sizes.patches is None:
+        return None if tiles is None else min(tiles * token_num, v)
+    if tiles is None:
+        if v % sizes.patches:
+            return None
+        tiles = v // sizes.patches
+    return max(v - tiles * (sizes.patches - token_num), 0)
+
+
+# From and to text
+
+
+def require_integer(options: Reduction, name: str, low: int, high: int | None = None) -> None:
+    """Raises `ValueError` unless the option is an integer in `low..high`, or from `low` on."""
     value = getattr(options, name)
-    end = "on" if high is None else f"to {high}"
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, Integral)
-        or value < low
-        or (high is not None and value > high)
-    ):
-        raise ValueError(f"{options.method}: {name} is {value!r}; the valid range is the integers {low} {end}")
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not is_integer or int(value) < low or (high is not None and int(value) > high):
+        valid = f"integers from {low} on" if high is None else f"integers {low} to {high}"
+        raise ValueError(f"{options.method}: {name} is {value!r}; the valid range is the {valid}")
 
 
 def parse_visual_reduction(visual_reduction: dict | None, sizes: ModelSizes) -> Reduction | None:
@@ -377,7 +417,7 @@ def parse_visual_reduction(visual_reduction: dict | None, sizes: ModelSizes) -> 
     method = options.pop("method")
     if not isinstance(method, str) or method not in METHODS:
         raise ValueError(f"visual_reduction has method {method!r}; valid methods are {known}")
-    valid = [field.name for field in fields(METHODS[method])]  # type: ignore[arg-type]
+    valid = [each.name for each in fields(METHODS[method])]  # type: ignore[arg-type]  # methods are dataclasses
     for name in options:
         if name not in valid:
             raise ValueError(

@@ -1,32 +1,33 @@
-"""Baseline: an image of fewer tokens, each the mean of a window."""
+"""Baseline: the grid of patches, average-pooled."""
 
 from dataclasses import dataclass
+from math import isqrt
 from numbers import Integral
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
-from .reduction import ImageReduction, ModelSizes, Patches, TokenMap
+from .reduction import ImageReduction, ModelSizes, Patches, TokenMap, require_integer
 
 
 @dataclass(frozen=True)
 class Downsample(ImageReduction):
-    """Baseline: average the grid of patches over windows of `factor` in height and width. A token takes the place of its
-    window's first patch; windows at the edge of a grid that `factor` does not divide are smaller."""
+    """Averages windows of `factor` x `factor` patches; of a video, frame by frame. The token of a window takes the place
+    of its first patch. Windows at the right and lower edge are smaller where the factor does not divide the grid, which
+    only grids that vary between images allow."""
 
     method: ClassVar[str] = "downsample"
     merges: ClassVar[bool] = True
     factor: int = 2
 
-    def check(self, sizes: ModelSizes):
+    def check(self, sizes: ModelSizes) -> None:
         super().check(sizes)
         if sizes.patches is None:
-            if isinstance(self.factor, bool) or not isinstance(self.factor, Integral) or self.factor < 1:
-                raise ValueError(f"downsample: factor is {self.factor!r}; the valid range is the integers 1 on")
+            require_integer(self, "factor", 1)
             return
-        side = round(sizes.patches**0.5)
-        valid = [factor for factor in range(1, side + 1) if side % factor == 0]
+        valid = divisors(isqrt(sizes.patches))
         if isinstance(self.factor, bool) or not isinstance(self.factor, Integral) or self.factor not in valid:
+            side = isqrt(sizes.patches)
             raise ValueError(
                 f"downsample: factor is {self.factor!r}; with {side} x {side} patches, valid are "
                 f"{', '.join(map(str, valid))}"
@@ -35,14 +36,26 @@ class Downsample(ImageReduction):
     def identity(self, sizes: ModelSizes) -> bool:
         return self.factor == 1
 
-    def left(self, v: int, sizes: ModelSizes) -> int | None:
+    def left(self, v: int, sizes: ModelSizes, tiles: int | None = None) -> int | None:
         return None if sizes.patches is None else v // self.factor**2
 
     def reduce(self, image: Patches) -> TokenMap:
-        if image.height is None or image.width is None:
-            raise ValueError("downsample needs a grid of patches, which this model's images do not have")
-        row, column = image.patch // image.width, image.patch % image.width
-        window = (row - row % self.factor) * image.width + column - column % self.factor
-        target = image.tile * (image.height * image.width) + window
-        size = torch.bincount(target, minlength=len(target))
-        return TokenMap(len(target), target, size[target].float().reciprocal())
+        height, width, factor = image.height, image.width, self.factor
+        if height is None or width is None:
+            raise ValueError(
+                f"downsample needs a grid of patches; that of an image with {len(image.patch)} tokens is not known"
+            )
+        top = image.patch // width // factor * factor
+        left = image.patch % width // factor * factor
+        size = (height - top).clamp(max=factor) * (width - left).clamp(max=factor)
+        first = (image.tile * height + top) * width + left
+        return TokenMap(first, len(first), weight=size.to(torch.float32).reciprocal())
+
+    @classmethod
+    def candidates(cls, sizes: ModelSizes, v: int) -> list[dict[str, Any]]:
+        return [{"factor": factor} for factor in divisors(isqrt(sizes.patches or v))]
+
+
+def divisors(side: int) -> list[int]:
+    """Those of `side`, which leave no patch over."""
+    return [factor for factor in range(1, side + 1) if side % factor == 0]

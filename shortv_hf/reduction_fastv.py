@@ -1,12 +1,13 @@
-"""FastV: visual tokens to which the prompt's last token pays little attention leave the decoder."""
+"""FastV: from layer `k` on, only the visual tokens stay that the prompt's last token attends to most."""
 
 from dataclasses import dataclass
 from numbers import Real
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
-from .reduction import ModelSizes, StreamReduction, TokenMap, keep_highest
+from .reduction import ModelSizes, StreamReduction, TokenMap, keep_highest, keep_only
 
 
 @dataclass(frozen=True)
@@ -21,24 +22,26 @@ class FastV(StreamReduction):
     k: int = 2
     ratio: float = 0.5
 
-    def check(self, sizes: ModelSizes):
+    def check(self, sizes: ModelSizes) -> None:
         super().check(sizes)
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, Real) or not 0 <= self.ratio <= 1:
             raise ValueError(f"fastv: ratio is {self.ratio!r}; the valid range is 0 to 1 (the fraction dropped)")
 
     def identity(self, sizes: ModelSizes) -> bool:
-        return self.ratio == 0 or self.k == sizes.decoder_layers
-
-    @property
-    def looks_at_last_token(self) -> bool:  # type: ignore[override]
-        return 0 < self.ratio < 1
+        return self.ratio == 0 or super().identity(sizes)
 
     @property
     def needs_scores(self) -> bool:
-        return self.looks_at_last_token
+        return 0 < self.ratio < 1
 
     def count(self, v: int) -> int:
         return round(v * (1 - self.ratio))  # half to even, as the released code
 
     def reduce(self, scores: Tensor | None, visual: Tensor, counts: Tensor) -> TokenMap:
-        return TokenMap.keeping(~visual if scores is None else ~visual | keep_highest(scores, visual, counts))
+        kept = torch.zeros_like(visual) if scores is None else keep_highest(scores, visual, counts)
+        return keep_only(kept | ~visual)
+
+    @classmethod
+    def candidates(cls, sizes: ModelSizes, v: int) -> list[dict[str, Any]]:
+        k = max(min(2, sizes.decoder_layers - 1), sizes.deepstack)
+        return [{"k": k, "ratio": round(1 - rank / v, 6)} for rank in range(v + 1)]

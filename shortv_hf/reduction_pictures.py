@@ -16,9 +16,17 @@ from .chat import visual_mask
 from .images import to_rgb
 from .plots import wrap_text
 from .prompts import user_message
-from .reduction import ImageReduction, ModelSizes, Patches, StreamReduction, TokenMap, parse_visual_reduction
+from .reduction import (
+    ImageReduction,
+    ModelSizes,
+    Patches,
+    StreamReduction,
+    TokenMap,
+    keep_only,
+    parse_visual_reduction,
+)
 from .upstream import find_cache, image_features
-from .vision import patches_of, token_maps
+from .vision import find_patches, reduced_images
 
 
 ABSENT, DROPPED, REST, KEPT, MERGED = range(5)
@@ -31,6 +39,7 @@ LEGEND = {
 }
 LEGEND_OF_MERGING = LEGEND | {KEPT: "thick frame: kept"}
 LEGEND_OF_AVERAGING = "the patches within one outline are averaged into one token"
+RANK = {ABSENT: 0, DROPPED: 1, REST: 2, MERGED: 3, KEPT: 4}  # what is drawn of a patch that several tokens take
 INK, OUTLINE, VEIL, PADDING, WHITE = "#333333", "#ffd23c", "#484850", "#ebebeb", "white"
 
 
@@ -63,37 +72,33 @@ def patch_fates(model: PreTrainedModel, inputs: dict, options: dict | None) -> l
     """
     if "pixel_values" not in inputs:
         raise ValueError("there is no image to draw on")
-    reduction = parse_visual_reduction(options, ModelSizes.of(model.config))
-    images = _first_image(inputs)
-    sizes, grid = images.get("image_sizes"), images.get("image_grid_thw")
+    sizes = ModelSizes.of(model.config)
+    reduction = parse_visual_reduction(options, sizes)
+    image = _first_image(inputs)
+    where = {"image_sizes": image.get("image_sizes"), "grid_thw": image.get("image_grid_thw")}
 
     def features() -> list[torch.Tensor]:
         with model.using(visual_reduction=None):
-            return image_features(model.get_image_features(**images))
+            return image_features(model.get_image_features(**image))
 
     if isinstance(reduction, ImageReduction):
-        _, found, _ = token_maps(model.model, reduction, features, sizes, grid)
+        ((_, patches, tokens),) = reduced_images(model.model, reduction, features, **where)
     else:
-        tokens = features()
-        (image,) = patches_of(model.model, tokens, sizes, grid)
+        (feature,) = features()
+        (patches,) = find_patches(model.model, sizes, [len(feature)], feature.device, **where)
         with model.using(visual_reduction=options):
-            kept = _kept_in_decoder(model, inputs, reduction)[: len(tokens[0])]
-        found = [(image, TokenMap.keeping(kept))]
-    fates = []
-    for image, tokens in found:
-        states, group = _fates(image, tokens)
-        n = len(states) // image.tiles
-        for i, (part, number) in enumerate(zip(states.split(n), group.split(n), strict=True)):
-            fates.append(PatchFates(_title(i, image.tiles, part, number), part, number, image.width))
-    return fates
+            tokens = keep_only(_kept_in_decoder(model, inputs)[: len(feature)])
+    states, group = _fates(tokens, patches)
+    parts = zip(states.split(patches.per_tile), group.split(patches.per_tile), strict=True)
+    return [PatchFates(_title(i, patches.tiles, *part), *part, patches.width) for i, part in enumerate(parts)]
 
 
 def _first_image(inputs: dict) -> dict:
     """The arguments of `get_image_features` for the first image alone."""
-    images = {name: inputs[name][:1] for name in ("pixel_values", "image_sizes", "image_grid_thw") if name in inputs}
-    if "image_grid_thw" in images:  # the patches of all images one after the other
-        images["pixel_values"] = inputs["pixel_values"][: int(images["image_grid_thw"].prod())]
-    return images
+    image = {name: inputs[name][:1] for name in ("pixel_values", "image_sizes", "image_grid_thw") if name in inputs}
+    if "image_grid_thw" in image:  # the patches of all images, one after the other
+        image["pixel_values"] = inputs["pixel_values"][: int(image["image_grid_thw"].prod())]
+    return image
 
 
 def _title(tile, tiles, states, group):
@@ -104,41 +109,7 @@ def _title(tile, tiles, states, group):
     return f"{name}{int((states == KEPT).sum())} of {n} patches kept"
 
 
-def _fates(image: Patches, tokens: TokenMap) -> tuple[torch.Tensor, torch.Tensor]:
-    """States and groups of an image's patches, tile after tile, from the map of its tokens.
-
-    A token that keeps a patch whole is that patch, and others are merged into it: into the one in whose list they come
-    first, if there are several. Where no token does, patches are averaged; a token of the rest is one beside others."""
-    per_tile = int(image.patch.max()) + 1 if image.height is None else image.height * image.width
-    places = (image.tile * per_tile + image.patch).cpu()
-    states = torch.full((image.tiles * per_tile,), ABSENT)
-    group = torch.full_like(states, -1)
-    there = image.patch.cpu() >= 0
-    states[places[there]] = DROPPED
-    target = tokens.target.cpu()
-    source = torch.arange(tokens.n) if tokens.source is None else tokens.source.cpu()
-    whole = torch.ones(len(source), dtype=torch.bool) if tokens.weight is None else tokens.weight.cpu() >= 1
-    seeds = {int(to): int(of) for of, to in zip(source[whole], target[whole], strict=True) if to >= 0}
-    averaging = not seeds and len(target.unique()) > 1
-    rank: dict[int, int] = {}
-    seen: dict[int, int] = {}
-    for of, to in zip(source.tolist(), target.tolist(), strict=True):
-        if to < 0 or not there[of] or of in seeds.values():
-            continue
-        position = seen[to] = seen.get(to, 0) + 1
-        if to not in seeds and not averaging:
-            if of not in rank:
-                states[places[of]] = REST
-        elif position < rank.get(of, tokens.n + 1):
-            rank[of] = position
-            states[places[of]], group[places[of]] = MERGED, to if averaging else places[seeds[to]]
-    for of in seeds.values():
-        if there[of]:
-            states[places[of]], group[places[of]] = KEPT, places[of]
-    return states, group
-
-
-def _kept_in_decoder(model, inputs, reduction: StreamReduction | None):
+def _kept_in_decoder(model, inputs) -> torch.Tensor:
     """Of the visual tokens in the row's prompt, which the last layer's cache holds."""
     cache = find_cache(model(**inputs, use_cache=True))
     visual = visual_mask(model.config, inputs["input_ids"][0]).cpu()
@@ -148,6 +119,41 @@ def _kept_in_decoder(model, inputs, reduction: StreamReduction | None):
     held = torch.zeros(len(visual), dtype=torch.bool)
     held[slots[0][slots[0] >= 0].cpu()] = True
     return held[visual]
+
+
+def _fates(tokens: TokenMap, patches: Patches) -> tuple[torch.Tensor, torch.Tensor]:
+    """States and groups of all patches `[tiles * N]` of an image, from where its tokens go.
+
+    A patch whose weight is 1 is kept as the middle of a group, which others are merged into; weights that add up to 1
+    are an average, without a middle; other sums are the rest.
+    """
+    index = patches.tile * patches.per_tile + patches.patch
+    number = torch.where(patches.patch < 0, -1, index).tolist()  # of the patch that a token is
+    states = [ABSENT] * (patches.tiles * patches.per_tile)
+    group = [-1] * len(states)
+    target = tokens.target.cpu()
+    source = torch.arange(tokens.n) if tokens.source is None else tokens.source.cpu()
+    weight = torch.ones(len(target)) if tokens.weight is None else tokens.weight.float().cpu()
+    there = target >= 0
+    total = torch.zeros(tokens.n).index_add(0, target[there], weight[there])
+    averages = ((total - 1).abs() < 1e-4).tolist()
+    entries = [
+        entry for entry in zip(source.tolist(), target.tolist(), weight.tolist(), strict=True) if number[entry[0]] >= 0
+    ]
+    middle = {place: number[token] for token, place, share in entries if share == 1 and place >= 0}
+    for token, place, share in entries:
+        patch = number[token]
+        if place < 0:
+            fate, into = DROPPED, -1
+        elif share == 1:
+            fate, into = KEPT, patch
+        elif place in middle:
+            fate, into = MERGED, middle[place]
+        else:
+            fate, into = (MERGED, place) if averages[place] else (REST, -1)
+        if RANK[fate] > RANK[states[patch]]:  # of several places, the first
+            states[patch], group[patch] = fate, into
+    return torch.tensor(states), torch.tensor(group)
 
 
 def seen_pictures(inputs: dict, processor: ProcessorMixin, image: Image.Image) -> list[Image.Image]:
@@ -169,10 +175,10 @@ def draw_patches(picture: Image.Image, fates: PatchFates, size: int = 448) -> Im
     Outlines run inside the patches, where the next one has another fate or belongs to another group. Where patches are
     merged into others, each of those has a thicker frame of its own, and each group a colour.
     """
-    width = fates.width or round(len(fates.states) ** 0.5)
-    height = len(fates.states) // width
-    cell = max(size // max(width, height), 4)
-    picture = picture.resize((cell * width, cell * height), Image.Resampling.LANCZOS)
+    columns = fates.width or round(len(fates.states) ** 0.5)
+    rows = len(fates.states) // columns
+    cell = max(size // max(columns, rows), 4)
+    picture = picture.resize((cell * columns, cell * rows), Image.Resampling.LANCZOS)
     result = Image.blend(picture, Image.new("RGB", picture.size, VEIL), 0.75)
     draw = ImageDraw.Draw(result)
     states = fates.states.tolist()
@@ -181,7 +187,7 @@ def draw_patches(picture: Image.Image, fates: PatchFates, size: int = 448) -> Im
     into = [group for group, state in zip(groups, states, strict=True) if state == KEPT]
     colours = {group: _colour(number) for number, group in enumerate(into)} if merging else {}
     regions = {  # between patches that are equal here runs no outline
-        (i % width, i // width): fate for i, fate in enumerate(zip(states, groups, strict=True))
+        (i % columns, i // columns): fate for i, fate in enumerate(zip(states, groups, strict=True))
     }
     for (column, row), (state, group) in regions.items():
         x, y, end = column * cell, row * cell, cell - 1
@@ -195,8 +201,8 @@ def draw_patches(picture: Image.Image, fates: PatchFates, size: int = 448) -> Im
             result.paste(picture.crop((x, y, x + cell, y + cell)), (x, y))
             line = min(max(cell // 15, 1), 3) * (2 if merging and state == KEPT else 1)
             contrast = line + (cell > 16)  # a dark line beside the coloured one, for pictures of the same colour
-            for breadth, colour in ((contrast, VEIL), (line, colours.get(group, OUTLINE))):
-                spans = {-1: (0, breadth - 1), 0: (0, end), 1: (end - breadth + 1, end)}
+            for width, colour in ((contrast, VEIL), (line, colours.get(group, OUTLINE))):
+                spans = {-1: (0, width - 1), 0: (0, end), 1: (end - width + 1, end)}
                 for (dx, (left, right)), (dy, (top, bottom)) in product(spans.items(), repeat=2):
                     if regions.get((column + dx, row + dy)) != (state, group):
                         draw.rectangle((x + left, y + top, x + right, y + bottom), colour)
@@ -258,8 +264,8 @@ def draw_reduction(
 ) -> Path:
     """What `options` do with the patches of `image` under the question `prompt`; PNG.
 
-    Of a method that looks at the last token: what it keeps at its own layer, and what it would keep at every other;
-    `progress` wraps the iteration.
+    A method that ranks tokens in a decoder layer (FastV): what it keeps at its own, and what it would keep at every
+    other; `progress` wraps the iteration.
     """
     text = processor.apply_chat_template([user_message(prompt, [image], processor)], add_generation_prompt=True)
     inputs = dict(processor(text=text, images=[to_rgb(image)], return_tensors="pt").to(model.device))

@@ -1,4 +1,4 @@
-"""LLaVA-PruMerge and PruMerge+: patches that [CLS] looks at stay, and the others are merged into them."""
+"""LLaVA-PruMerge and PruMerge+: patches that [CLS] attends to stay, and take what is alike into themselves."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,6 +9,9 @@ from torch import Tensor
 from .reduction import ImageReduction, ModelSizes, Patches, TokenMap
 
 
+N_NEIGHBOURS = 32
+
+
 @dataclass(frozen=True)
 class PruMerge(ImageReduction):
     """LLaVA-PruMerge (Shang et al., ICCV 2025): patches whose [CLS] attention in CLIP's last layer is an outlier stay,
@@ -17,6 +20,9 @@ class PruMerge(ImageReduction):
     method: ClassVar[str] = "prumerge"
     merges: ClassVar[bool] = True
     needs_cls_attention: ClassVar[bool] = True
+
+    def left(self, v: int, sizes: ModelSizes, tiles: int | None = None) -> int | None:
+        return None
 
     def vision_layers(self, n: int) -> list[int]:
         return [n - 1]
@@ -40,9 +46,9 @@ class PruMergePlus(PruMerge):
     token_num: int | None = None
     FIXED: ClassVar[dict[int, tuple[int, int]]] = {64: (13, 11), 128: (40, 6), 256: (95, 3)}  # highest, grid stride
 
-    def check(self, sizes: ModelSizes):
+    def check(self, sizes: ModelSizes) -> None:
         super().check(sizes)
-        valid = [number for number in self.FIXED if sizes.patches is not None and number < sizes.patches]
+        valid = [number for number in self.FIXED if sizes.patches is None or number < sizes.patches]
         if self.token_num is not None and (isinstance(self.token_num, bool) or self.token_num not in valid):
             raise ValueError(
                 f"prumerge_plus: token_num is {self.token_num!r}; valid with {sizes.patches} patches are None "
@@ -71,9 +77,6 @@ def count_outliers(attention: Tensor) -> int:
     return int(n * (outliers / n))  # as released, float rounding included
 
 
-N_NEIGHBOURS = 32
-
-
 def merge_neighbours(attention: Tensor, keys: Tensor, kept: Tensor) -> TokenMap:
     """PruMerge's tokens: each kept patch plus the attention-weighted sum of its nearest patches, then one token of all
     the patches that are not kept. They take the first places of the image.
@@ -82,19 +85,22 @@ def merge_neighbours(attention: Tensor, keys: Tensor, kept: Tensor) -> TokenMap:
         attention: `[N]`. keys: `[N, C]`, compared by cosine. kept: `[k]` indices.
 
     Returns:
-        The map to k + 1 tokens. Neighbours can be kept patches themselves, and neighbours of several; weights are not
-        normalised. If every patch is kept, nothing is left for the last token, and there is none.
+        A map onto k + 1 places. Neighbours can be kept patches themselves; weights are not normalised. If every patch is
+        kept, nothing is left for the last token, and there is none.
     """
     n, k = len(attention), len(kept)
-    nearest = similarities(keys, kept).topk(min(N_NEIGHBOURS, n - 1), dim=1).indices
     places = torch.arange(k, device=kept.device)
-    rest = torch.ones(n, dtype=torch.bool, device=kept.device)
-    rest[kept] = False
-    others = rest.nonzero()[:, 0]
-    source = torch.cat([kept, nearest.flatten(), others])
-    target = torch.cat([places, places.repeat_interleave(nearest.shape[1]), torch.full_like(others, k)])
-    weight = torch.cat([attention.new_ones(k), attention[source[k:]]])
-    return TokenMap(n, target, weight, source)
+    nearest = similarities(keys, kept).topk(min(N_NEIGHBOURS, n - 1), dim=1).indices  # [k, neighbours]
+    neighbours = nearest.T.flatten()  # all the nearest first: a patch's first entry is where it ranks highest
+    is_rest = torch.ones(n, dtype=torch.bool, device=kept.device)
+    is_rest[kept] = False
+    rest = is_rest.nonzero()[:, 0]
+    return TokenMap(
+        target=torch.cat([places, places.repeat(nearest.shape[1]), torch.full_like(rest, k)]),
+        n=n,
+        weight=torch.cat([torch.ones_like(attention[kept]), attention[neighbours], attention[rest]]),
+        source=torch.cat([kept, neighbours, rest]),
+    )
 
 
 def similarities(keys: Tensor, kept: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""VTW: all visual tokens leave the decoder at one layer."""
+"""VTW: from layer `k` on, no visual token."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .reduction import ModelSizes, StreamReduction, TokenMap
+from .reduction import ModelSizes, StreamReduction, TokenMap, keep_only
 
 
 @dataclass(frozen=True)
@@ -15,11 +15,12 @@ class VTW(StreamReduction):
     method: ClassVar[str] = "vtw"
     k: int = 16
 
-    def identity(self, sizes: ModelSizes) -> bool:
-        return self.k == sizes.decoder_layers
-
     def count(self, v: int) -> int:
         return 0
 
     def reduce(self, scores: Tensor | None, visual: Tensor, counts: Tensor) -> TokenMap:
-        return TokenMap.keeping(~visual)
+        return keep_only(~visual)
+
+    @classmethod
+    def candidates(cls, sizes: ModelSizes, v: int) -> list[dict[str, Any]]:
+        return [{"k": k} for k in range(max(sizes.deepstack, 1), sizes.decoder_layers + 1)]

@@ -1,13 +1,15 @@
 """Image and video features under a method that cuts them before the language model.
 
-`reduced_features` runs upstream's own encoder and returns features of the same lengths, so that they fill the prompt's
-placeholders; those that the method leaves out are marked (`reduction.DROPPED`), and the text model drops their positions
-before its first layer. Marks travel with the features through whatever `generate` does to them.
+`reduced_features` runs the parent's own `get_image_features` and returns features of the same lengths, so that they
+fill the prompt's image tokens; those that the method leaves out are marked (`reduction.DROPPED`), and the text model
+drops their positions before its first layer. Marks travel with the features through whatever `generate` does to them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextvars import ContextVar
-from typing import Any
+from dataclasses import replace
+from math import isqrt
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +26,22 @@ _RECORDER: ContextVar["VisionRecorder | None"] = ContextVar("vision recorder", d
 _OPEN: list["VisionRecorder"] = []
 
 
-def _tower(model: nn.Module) -> nn.Module | None:
-    return getattr(model, "vision_tower", None)
-
-
-def listen(model: nn.Module):
-    """Hooks by which a [`VisionRecorder`] sees the vision tower and changes what the projector gets."""
-    for module in () if _tower(model) is None else _tower(model).modules():
-        if isinstance(module, CLIPAttention):
-            module.register_forward_pre_hook(_record, with_kwargs=True)
+def listen(model: nn.Module) -> None:
+    """Hooks by which a [`VisionRecorder`] sees a CLIP tower, and changes what a projector gets; once per model, at its
+    construction."""
+    for module in clip_attentions(model):
+        module.register_forward_pre_hook(_record, with_kwargs=True)
     projector = getattr(model, "multi_modal_projector", None)
     if projector is not None:
         projector.register_forward_pre_hook(_before_projection)
 
 
-def _record(module: nn.Module, args: tuple, kwargs: dict):
+def clip_attentions(model: nn.Module) -> list[CLIPAttention]:
+    """The attention modules of the model's CLIP tower, in the order of its layers; none of another tower."""
+    return [module for module in model.modules() if isinstance(module, CLIPAttention)]
+
+
+def _record(module: CLIPAttention, args: tuple, kwargs: dict) -> None:
     recorder = _RECORDER.get() if _OPEN else None
     if recorder is not None and module in recorder.layers:
         recorder.record(module, args[0] if args else kwargs["hidden_states"])
@@ -46,21 +49,22 @@ def _record(module: nn.Module, args: tuple, kwargs: dict):
 
 def _before_projection(module: nn.Module, args: tuple) -> tuple | None:
     recorder = _RECORDER.get() if _OPEN else None
-    if recorder is not None and recorder.merge is not None and module is recorder.projector:
-        return (recorder.merge(*args),)
+    if recorder is not None and module is recorder.projector and args:
+        return (recorder.before_projection(args[0]), *args[1:])
     return None
 
 
 class VisionRecorder:
-    """While open, records [CLS] query and keys of some layers of a CLIP tower, and lets `merge` replace the features that
-    go into the projector. No attention matrix is made, whatever the tower's attention implementation; the recorded
-    keys are computed once more, 0.1 % of a 7B prefill."""
+    """While open, records [CLS] query and keys of the layers of a CLIP tower that a method asks for, and lets
+    `before_projection` replace the features `[images, tokens, C]` that go into the projector. No attention matrix is
+    made, whatever the tower's attention implementation; the recorded keys are computed once more, 0.1 % of a 7B
+    prefill."""
 
-    def __init__(self, model: nn.Module, reduction: ImageReduction, merge: Callable[[Tensor], Tensor] | None = None):
-        self.layers: list[nn.Module] = []
-        self.projector, self.merge = getattr(model, "multi_modal_projector", None), merge
+    def __init__(self, model: nn.Module, reduction: ImageReduction, before_projection: Callable[[Tensor], Tensor]):
+        self.layers: list[CLIPAttention] = []
+        self.projector, self.before_projection = getattr(model, "multi_modal_projector", None), before_projection
         if reduction.needs_cls_attention:
-            layers = [module for module in _tower(model).modules() if isinstance(module, CLIPAttention)]
+            layers = clip_attentions(model)
             self.layers = [layers[i] for i in reduction.vision_layers(len(layers))]
         self.queries: dict[nn.Module, Tensor] = {}
         self.keys: dict[nn.Module, Tensor] = {}
@@ -70,141 +74,150 @@ class VisionRecorder:
         _OPEN.append(self)
         return self
 
-    def __exit__(self, *_: Any):
+    def __exit__(self, *_: object) -> None:
         _OPEN.remove(self)
         _RECORDER.reset(self._token)
 
     @torch.no_grad()
-    def record(self, attention: nn.Module, hidden_states: Tensor):
+    def record(self, attention: CLIPAttention, hidden_states: Tensor) -> None:
         """`hidden_states` `[images, 1 + N, C]` that one of the layers is about to attend with."""
         self.queries[attention] = attention.q_proj(hidden_states[:, :1])[:, 0]
         self.keys[attention] = attention.k_proj(hidden_states)
 
     def attentions(self) -> list[ClsAttention]:
+        """What was recorded, layer by layer, of all tiles of all images."""
         return [ClsAttention(self.queries[layer], self.keys[layer], layer.num_heads) for layer in self.layers]
+
+
+class ReducedImage(NamedTuple):
+    """One image or video: its features `[n, h]`, with the dropped ones marked; its patches; and where they went."""
+
+    features: Tensor
+    patches: Patches
+    map: TokenMap
 
 
 def reduced_features(
     model: nn.Module,
     reduction: ImageReduction,
     get_features: Callable[[], list[Tensor]],
+    *,
     image_sizes: Tensor | None = None,
     grid_thw: Tensor | None = None,
 ) -> list[Tensor]:
-    """Features with the dropped ones marked: a list of `[n, h]` as `get_features` returns it, one per image or video, with
-    new tokens at their places. Arguments: as [`token_maps`]."""
-    features, found, merged = token_maps(model, reduction, get_features, image_sizes, grid_thw)
-    maps, marked = [tokens for _, tokens in found], []
-    for feature in features:
-        parts = [maps.pop(0)]
-        while sum(part.n for part in parts) < len(feature):  # an image of several tiles
-            parts.append(maps.pop(0))
-        kept = torch.cat([part.kept for part in parts]).to(feature.device)
-        if parts[0].moves and not merged:
-            split = feature.split([part.n for part in parts])
-            feature = torch.cat(
-                [_on(part, feature.device).apply(tile) for part, tile in zip(parts, split, strict=True)]
-            )
-        marked.append(feature.masked_fill(~kept[:, None], DROPPED))
-    return marked
+    """Features per image or video, of the lengths that they have without a method; those left out are marked.
+
+    Arguments and errors as [`reduced_images`].
+    """
+    images = reduced_images(model, reduction, get_features, image_sizes=image_sizes, grid_thw=grid_thw)
+    return [image.features for image in images]
 
 
-def token_maps(
+def reduced_images(
     model: nn.Module,
     reduction: ImageReduction,
     get_features: Callable[[], list[Tensor]],
+    *,
     image_sizes: Tensor | None = None,
     grid_thw: Tensor | None = None,
-) -> tuple[list[Tensor], list[tuple[Patches, TokenMap]], bool]:
+) -> list[ReducedImage]:
     """What a method makes of each image or video.
 
-    Args:
-        model: the vision-language model without its head.
-        get_features: calls the parent's encoder; returns a list of `[n, h]`.
-        image_sizes: `[images, 2]`, of models that cut images into tiles.
-        grid_thw: `[images, 3]`, frames, rows and columns of patches, of models whose images differ in size.
+    Tokens are merged before a projector that takes each by itself, as PruMerge does; otherwise after it.
 
-    Returns:
-        The features; in their order where the tokens of each image, video or tile are, and what becomes of them; and
-        whether new tokens have been made already: that is done before the projector, where it maps tokens one to one.
+    Args:
+        model: the multimodal model, to which [`listen`] was called.
+        get_features: calls the parent's own method; returns features `[n, h]` per image or video.
+        image_sizes: `[images, 2]`, where images are cut into tiles.
+        grid_thw: `[images, 3]`, the patches of each image or video in time, height and width before they are merged.
+
+    Raises:
+        ValueError: if the method needs a grid, and that of an image is not known, or does not fit its features.
     """
-    patches = ModelSizes.of(model.config).patches
+    sizes = ModelSizes.of(model.config)
     found: list[tuple[Patches, TokenMap]] = []
 
-    def merge(states: Tensor) -> Tensor:
-        if states.ndim != 3 or states.shape[1] != patches:
+    def find(lengths: list[int], device: torch.device) -> None:
+        images = find_patches(model, sizes, lengths, device, image_sizes=image_sizes, grid_thw=grid_thw)
+        attentions, start = recorder.attentions(), 0
+        for image in images:
+            tiles = slice(start, start + image.tiles)
+            image = replace(image, vision=[each.of_tiles(tiles, device) for each in attentions])
+            found.append((image, reduction.reduce(image)))
+            start = tiles.stop
+
+    def before_projection(states: Tensor) -> Tensor:
+        if not reduction.merges or states.ndim != 3 or states.shape[1] != sizes.patches:
             return states
-        images = _cut([Patches.grid(1, *_sides(patches), states.device)] * len(states), recorder.attentions())
-        found.extend((image, reduction.reduce(image)) for image in images)
-        return torch.stack([tokens.apply(state) for (_, tokens), state in zip(found, states, strict=True)])
+        find([states.shape[1]] * len(states), states.device)
+        return torch.stack([tokens.apply(image) for (_, tokens), image in zip(found, states, strict=True)])
 
-    with VisionRecorder(model, reduction, merge if reduction.merges and patches is not None else None) as recorder:
+    with VisionRecorder(model, reduction, before_projection) as recorder:
         features = get_features()
-    if found:
-        return features, found, True
-    images = _cut(patches_of(model, features, image_sizes, grid_thw), recorder.attentions())
-    return features, [(image, reduction.reduce(image)) for image in images], False
+        if not found:
+            find([len(feature) for feature in features], features[0].device)
+            features = [tokens.apply(feature) for (_, tokens), feature in zip(found, features, strict=True)]
+    return [
+        ReducedImage(feature.masked_fill(~tokens.kept.to(feature.device)[:, None], DROPPED), patches, tokens)
+        for (patches, tokens), feature in zip(found, features, strict=True)
+    ]
 
 
-def _on(tokens: TokenMap, device: torch.device) -> TokenMap:
-    parts = (None if part is None else part.to(device) for part in (tokens.target, tokens.weight, tokens.source))
-    return TokenMap(tokens.n, *parts)
+def find_patches(
+    model: Any,
+    sizes: ModelSizes,
+    lengths: list[int],
+    device: torch.device,
+    *,
+    image_sizes: Tensor | None = None,
+    grid_thw: Tensor | None = None,
+) -> list[Patches]:
+    """Which patch each of the `lengths` tokens of the images or videos is. Arguments as [`reduced_images`].
 
-
-def _cut(images: list[Patches], attentions: list[ClsAttention]) -> list[Patches]:
-    """The images, each with what was recorded of its own tiles."""
-    start = 0
-    for i, image in enumerate(images):
-        vision = [attention.of_tiles(start, image.tiles) for attention in attentions]
-        images[i] = Patches(image.tile, image.patch, image.tiles, image.height, image.width, vision)
-        start += image.tiles
+    Raises:
+        ValueError: if a grid does not have as many places as there are tokens.
+    """
+    if grid_thw is not None:
+        merged = model.config.vision_config.spatial_merge_size
+        images = [
+            Patches.of_grid(frames, height // merged, width // merged, device, video=frames > 1)
+            for frames, height, width in grid_thw.tolist()
+        ]
+    elif image_sizes is not None and sizes.tiled and sizes.patches is not None:
+        images = packed_patches(model, sizes.patches, image_sizes, device)
+    else:
+        images = [square_patches(None if sizes.tiled else sizes.patches, n, device) for n in lengths]
+    if [len(image.patch) for image in images] != lengths:
+        raise ValueError(
+            f"the grids of the images have {[len(image.patch) for image in images]} places, and their features are {lengths}"
+        )
     return images
 
 
-def patches_of(
-    model: nn.Module, features: Sequence[Tensor], image_sizes: Tensor | None, grid_thw: Tensor | None
-) -> list[Patches]:
-    """Where the tokens of each image are in its tiles, its frames or its rows. Arguments: as [`token_maps`]."""
-    patches = ModelSizes.of(model.config).patches
-    if grid_thw is not None:
-        merged = model.config.vision_config.spatial_merge_size
-        return [Patches.grid(t, h // merged, w // merged) for t, h, w in grid_thw.tolist()]
-    config = model.config
-    packs = hasattr(model, "pack_image_features") and not hasattr(config, "vision_aspect_ratio")
-    if image_sizes is not None and packs and patches is not None:
-        return patches_of_tiles(model, image_sizes, patches)
-    found = []
-    for feature in features:
-        n = len(feature)
-        tiled = getattr(config, "image_grid_pinpoints", None) is not None
-        if patches is None or n % patches or tiled:  # not known: one tile, without rows
-            found.append(Patches(torch.zeros(n, dtype=torch.long), torch.arange(n), 1, None, None, []))
-        else:
-            found.append(Patches.grid(n // patches, *_sides(patches)))
-    return found
+def square_patches(per_tile: int | None, n: int, device: torch.device) -> Patches:
+    """Square tiles of `per_tile` patches, if that makes `n`; otherwise patches of no known grid."""
+    side = isqrt(per_tile or 0)
+    if not per_tile or side**2 != per_tile or n % per_tile:
+        return Patches.without_grid(n, device)
+    return Patches.of_grid(n // per_tile, side, side, device)
 
 
-def _sides(patches: int) -> tuple[int, int]:
-    side = round(patches**0.5)
-    return side, patches // side
-
-
-def patches_of_tiles(model: nn.Module, image_sizes: Tensor, patches: int) -> list[Patches]:
-    """Which patch of which tile each token of an image is.
-
-    The model's own packing says so: it packs the patches' numbers as if they were features."""
-    config = model.config
+def packed_patches(model: Any, per_tile: int, image_sizes: Tensor, device: torch.device) -> list[Patches]:
+    """Patches of images in tiles of `per_tile`, newline tokens among them. The model's own packing says which token is
+    which: it packs the patches' numbers, counted through the tiles, as if they were features."""
+    config, side = model.config, isqrt(per_tile)
     tiles = [
         image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
         for size in image_sizes
     ]
-    numbers = [torch.arange(n * patches, dtype=torch.float64).view(n, patches, 1) for n in tiles]
+    numbers = [torch.arange(n * per_tile, dtype=torch.float64).view(n, per_tile, 1) for n in tiles]
     packed, _ = model.pack_image_features(
         numbers, image_sizes, "default", image_newline=torch.tensor([-1.0], dtype=torch.float64)
     )
-    found = []
-    for n, each in zip(tiles, packed, strict=True):
-        places = each[:, 0].long()
-        patch = torch.where(places < 0, -1, places % patches)
-        found.append(Patches(places.clamp(min=0) // patches, patch, n, *_sides(patches), []))
-    return found
+    images = []
+    for n, numbered in zip(tiles, packed, strict=True):
+        number = numbered[:, 0].long().to(device)
+        newline = number < 0
+        tile, patch = (number // per_tile).clamp(min=0), torch.where(newline, -1, number % per_tile)
+        images.append(Patches(tile, patch, n, side, side))
+    return images

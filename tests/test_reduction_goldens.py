@@ -16,8 +16,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
 from shortv_hf.plan import Stream
-from shortv_hf.reduction import ClsAttention, Patches
-from shortv_hf.reduction_prumerge import PruMerge, PruMergePlus
+from shortv_hf.reduction import METHODS, ClsAttention, Patches
 from shortv_hf.upstream import CACHE, find_cache, image_features
 from shortv_hf.vtw_calibration import withdrawal_divergences
 
@@ -114,7 +113,7 @@ def test_vtc_cls_choice(name, layer, token_num, attn):
 @pytest.mark.parametrize(("method", "case"), [("", "i11"), ("plus_", "i11"), ("plus_", "i17")])
 def test_prumerge_tokens(method, case):
     tensors = load_file(SMALL / "prumerge.safetensors")
-    reduction = PruMergePlus() if method else PruMerge()
+    reduction = METHODS["prumerge_plus" if method else "prumerge"]()
     states = tensors[f"{case}/states"]
     normed = torch.nn.functional.layer_norm(states, (32,), tensors["layer_norm1.weight"], tensors["layer_norm1.bias"])
     query, key = (
@@ -126,10 +125,11 @@ def test_prumerge_tokens(method, case):
     attention = vision.row(heads=1)[0]
     torch.testing.assert_close(attention, tensors[f"{name}/cls_scores"][0], **SCORES)
     assert torch.equal(reduction.kept_patches(attention), tensors[f"{name}/keep_indices"][0])
-    image = Patches.grid(1, 1, len(attention))
+    image = Patches.without_grid(len(attention), states.device)
     image.vision = [vision]
-    found = reduction.reduce(image)
-    torch.testing.assert_close(found.apply(states[0, 1:])[found.kept], tensors[f"{name}/features"][0], **LOGITS)
+    tokens = reduction.reduce(image)
+    tokens = tokens.apply(states[0, 1:])[tokens.kept]
+    torch.testing.assert_close(tokens, tensors[f"{name}/features"][0], **LOGITS)
 
 
 # The full set
