@@ -192,6 +192,10 @@ def _crop(cache: DynamicCache, lengths: list[tuple[int, ...]]) -> bool:
     return [_lengths(layer) for layer in cache.layers] == lengths
 
 
+TEXT_INPUTS = ("input_ids", "attention_mask")
+ROW_PER_PICTURE = {"pixel_values", "image_sizes"}  # in families that need no more of a picture
+
+
 @dataclass
 class Conversation:
     """A chat that keeps its KV cache: a new turn computes its own tokens only."""
@@ -203,6 +207,7 @@ class Conversation:
     _images: list = field(default_factory=list)
     _ids: torch.Tensor | None = None  # of the conversation so far, its last answer included; `[1, n]`
     _cache: DynamicCache | None = None
+    _rope_deltas: torch.Tensor | None = None  # of the Qwens: how far positions lag behind the tokens of the cache
     _was_cut: bool = False  # whether this turn took tokens off the cache that it began with
 
     @torch.inference_mode()
@@ -247,16 +252,18 @@ class Conversation:
         n_known, self._images = len(self._images), [*self._images, *images]
         inputs = self._encode(messages)
         stream = _Stream(self.processor, on_text)
-        n_cached = self._resume(inputs["input_ids"])
-        if n_cached and n_known < len(self._images):  # a later image: `generate` would not hand it on
-            pixels = self._to_model(self.processor.image_processor(self._images[n_known:], return_tensors="pt"))
+        pictures = self._new_pictures(inputs, n_known)
+        n_cached = self._start() if pictures is None else self._resume(inputs["input_ids"])
+        if n_cached and hasattr(self.model.model, "rope_deltas"):  # they can be of another conversation by now
+            self.model.model.rope_deltas = self._rope_deltas
+        if n_cached and pictures:  # a later image: `generate` would not hand it on
             chunk = {
                 "input_ids": inputs["input_ids"][:, n_cached:-1],
                 "attention_mask": inputs["attention_mask"][:, :-1],
             }
-            self.model(**chunk, **pixels, **{CACHE: self._cache}, logits_to_keep=1)
+            self.model(**chunk, **pictures, **{CACHE: self._cache}, logits_to_keep=1)
         if n_cached:
-            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            inputs = {name: inputs[name] for name in TEXT_INPUTS}
         output = self.model.generate(
             **inputs,
             **{CACHE: self._cache},
@@ -268,7 +275,7 @@ class Conversation:
         token_ids = stream.tokens
         answer = self.processor.decode(token_ids, skip_special_tokens=True).strip()
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        self._ids = output
+        self._ids, self._rope_deltas = output, getattr(self.model.model, "rope_deltas", None)
         return Answer(
             text=answer,
             token_ids=token_ids,
@@ -291,6 +298,24 @@ class Conversation:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs
 
+    def _new_pictures(self, inputs: dict, n_known: int) -> dict | None:
+        """Of the inputs of the whole prompt, those of the pictures behind the first `n_known`: `{}` if there are none.
+
+        `None` if they cannot be told apart, or mean nothing without the pictures before: grids, types of tokens and
+        numbers of tiles are those of whole prompts, and positions follow from them.
+        """
+        if n_known == len(self._images):
+            return {}
+        pictures = {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
+        if not pictures.keys() <= ROW_PER_PICTURE or any(len(each) != len(self._images) for each in pictures.values()):
+            return None
+        return {name: value[n_known:] for name, value in pictures.items()}
+
+    def _start(self) -> int:
+        """Begin with an empty cache; returns how many tokens it holds."""
+        self._cache = DynamicCache(config=self.model.config)
+        return 0
+
     def _resume(self, ids: torch.Tensor) -> int:
         """Make the cache hold a beginning of `ids` `[1, n]`, and return how long it is: what they have in common with the
         last turn, if that has all images of it; else nothing."""
@@ -306,8 +331,7 @@ class Conversation:
                     return common
                 except (RuntimeError, ValueError):  # a sliding window or a reduction has dropped what would be needed
                     pass
-        self._cache = DynamicCache(config=self.model.config)
-        return 0
+        return self._start()
 
 
 @torch.inference_mode()

@@ -1,0 +1,122 @@
+"""Every command with every family, on tiny random models with processors of their own; none of them names a family."""
+
+import functools
+import json
+
+import pytest
+import torch
+from families import FAMILIES, IMAGE, SPECIAL, V4
+from PIL import Image
+from processor_files import write_processor
+from test_family_loading import write_checkpoint
+from transformers import AutoProcessor
+
+from shortv_hf import calibration_data, chat
+from shortv_hf.trial import check_decoding
+
+
+typer_testing = pytest.importorskip("typer.testing")
+from shortv_hf import cli  # noqa: E402
+
+
+IDS = {"<image>": 90, "<video>": 91, "<start>": 92, "<end>": 93}  # of `families.py`
+WITHOUT_TORCHVISION = ("llava", "llava_next", "gemma3")
+LAYERS = [2, 1]
+
+
+@functools.cache
+def checkpoint(folder, family):
+    """An original checkpoint with a processor, which does not answer with special tokens."""
+    if family not in WITHOUT_TORCHVISION or V4:
+        pytest.importorskip("torchvision")
+    write_checkpoint(folder, family)
+    (folder / "generation_config.json").write_text(json.dumps({"suppress_tokens": SPECIAL, "pad_token_id": 0}))
+    return write_processor(folder, family, ids=IDS)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def base(request, tmp_path_factory):
+    return checkpoint(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="module")
+def loaded(base):
+    return chat.load(str(base), LAYERS, "cpu", "float32")
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    gradient = Image.linear_gradient("L").convert("RGB")
+    return [gradient.resize((20, 14)), gradient.rotate(90).resize((14, 20)), gradient.rotate(180).resize((16, 16))]
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory, pictures):
+    file = tmp_path_factory.mktemp("picture") / "picture.png"
+    pictures[0].save(file)
+    return file
+
+
+def shortv(*arguments):
+    """What the command prints."""
+    result = typer_testing.CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def at_once(model, processor, messages, images):
+    """The tokens of an answer to a whole conversation."""
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(text=text, images=images or None, return_tensors="pt")
+    with torch.no_grad():
+        ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)
+    return ids[0, inputs["input_ids"].shape[1] :].tolist()
+
+
+def test_a_conversation_equals_the_whole_prompts(loaded, pictures):
+    """Each of its turns; another conversation with the same model goes on between them."""
+    model, processor = loaded
+    talk, other = chat.Conversation(model, processor, 5), chat.Conversation(model, processor, 5)
+    other.ask("a circle ?")
+    forwards = []
+    hook = model.model.language_model.register_forward_hook(
+        lambda _, args, kwargs, output: forwards.append(output.last_hidden_state.shape[1]), with_kwargs=True
+    )
+    for prompt, images, asked in (
+        ("what is this ?", pictures[:1], pictures[:1]),
+        ("is this red ?", [], pictures[:1]),
+        ("what is a circle ?", pictures[1:2], pictures[:2]),
+        ("a red circle ?", [], pictures[:2]),
+    ):
+        forwards.clear()
+        answer = talk.ask(prompt, images)
+        if not images and model.config.model_type != "shortv_gemma3":  # its window has slid on
+            assert sum(forwards) < answer.prompt_tokens  # the earlier turns are not computed again
+        assert answer.token_ids == at_once(model, processor, talk.messages[:-1], asked)
+        other.ask("what is this ?" if len(other.messages) > 2 else "is this red ?")
+    hook.remove()
+
+
+def test_chat(base, picture):
+    options = ["--image", picture, "--prompt", "what is this ?", "--layers", "2,1", "--max-new-tokens", 4]
+    found = json.loads(shortv("chat", base, *options, "--json"))
+    assert found["shortv_layers"] == LAYERS and 0 < found["visual_tokens"] < found["prompt_tokens"]
+    chat.MAX_ROUNDS, rounds = 2, chat.MAX_ROUNDS
+    try:
+        found = json.loads(shortv("chat", base, *options, "--json", "--compare"))
+    finally:
+        chat.MAX_ROUNDS = rounds
+    assert found["shortv"]["prefill_flops"] < found["dense"]["prefill_flops"]
+
+
+def test_decoding_is_checked(loaded, picture):
+    """And damage is found."""
+    model, processor = loaded
+    for case in (
+        calibration_data.Case((), "what is this ?"),
+        calibration_data.Case((Image.open(picture),), "what is this ?"),
+    ):
+        inputs = calibration_data.encode(case, processor)
+        assert "8 out, equal with and without a cache" in check_decoding(model, inputs)
