@@ -173,7 +173,12 @@ PATCHES = {
     "vision_feature_select_strategy": "default",
 }
 SIDE = {"size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
-QWEN_PATCHES = {"patch_size": PATCH, "merge_size": 2, "temporal_patch_size": 2, "size": {"shortest_edge": 64, "longest_edge": 512}}
+QWEN_PATCHES = {
+    "patch_size": PATCH,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "size": {"shortest_edge": 64, "longest_edge": 512},
+}
 IMAGE_OPTIONS = {
     "llava_next": {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]},
     "llava_onevision": {**SIDE, "image_grid_pinpoints": [[16, 16], [16, 32], [32, 16]]},

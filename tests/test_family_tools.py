@@ -5,13 +5,13 @@ import json
 
 import pytest
 import torch
-from families import FAMILIES, IMAGE, SPECIAL, V4
+from families import FAMILIES, SPECIAL, V4
 from PIL import Image
 from processor_files import write_processor
 from test_family_loading import write_checkpoint
-from transformers import AutoProcessor
 
-from shortv_hf import calibration_data, chat
+from shortv_hf import benchmark_models, calibration_data, chat
+from shortv_hf.flops import prefill_flops
 from shortv_hf.trial import check_decoding
 
 
@@ -120,3 +120,18 @@ def test_decoding_is_checked(loaded, picture):
     ):
         inputs = calibration_data.encode(case, processor)
         assert "8 out, equal with and without a cache" in check_decoding(model, inputs)
+
+
+def test_bench(base, tmp_path, monkeypatch):
+    """Of a repo's config, with other weights. Its FLOPs are those of the equations; no time is judged."""
+    monkeypatch.setattr(benchmark_models, "SIDE_IN_PIXELS", 32)
+    repo = tmp_path / "repo"
+    shortv("build-repo", base, "--layers", "2,1", "--output", repo)
+    options = ["--models", repo, "--methods", "shortv", "--images", 2, "--text-tokens", 50, "--repeats", 1]
+    shortv("bench", *options, "--device", "cpu", "--output", tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["method"] for row in report["results"]] == ["stock", "ShortV N=2"] and not report["skipped"]
+    config = cli._load_config(str(repo))
+    for row in report["results"]:
+        counted = prefill_flops(50, row["visual_tokens"], config, shortv_layers=row["shortv_layers"] or [])
+        assert row["language_model_flops"] == pytest.approx(counted, rel=0.05)
