@@ -13,23 +13,36 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoProcessor, DynamicCache, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.hub import cached_file
 
 from .cache import KeptLayer
 from .images import to_rgb
 from .model_card import is_hub_id
-from .modeling_shortv import MODELS
+from .modeling_shortv import MODELS, apply_shortv
 from .prompts import user_message
 from .upstream import CACHE, visual_token_ids
+
+
+class NoShortVClass(ValueError):
+    """A model is of a family that has no ShortV class."""
 
 
 def model_classes(model: str, **hub_kwargs) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
     """Config and model class for a ShortV repo or an original checkpoint (Hub id or directory); loads no weights.
 
     Raises:
-        ValueError: if it is of a family that has no ShortV class.
+        NoShortVClass: if it is of a family that has none.
+        ValueError: if there is no model.
         OSError: if it cannot be found.
     """
     if not is_hub_id(str(model)) and not Path(model).expanduser().exists():
@@ -46,7 +59,18 @@ def model_classes(model: str, **hub_kwargs) -> tuple[type[PretrainedConfig], typ
         if model_type in (config_class.model_type, config_class.base_model_type):
             return config_class, model_class
     supported = ", ".join(model_class.config_class.base_model_type for model_class in MODELS)
-    raise ValueError(f"{model} has model_type {model_type!r}; ShortV has classes for {supported}")
+    raise NoShortVClass(f"{model} has model_type {model_type!r}; ShortV has classes for {supported}")
+
+
+def any_config(model: str) -> tuple[PretrainedConfig, bool]:
+    """The config of a vision-language model, and whether its family has a ShortV class. Errors as [`model_classes`]."""
+    try:
+        return model_classes(model)[0].from_pretrained(model), True
+    except NoShortVClass:
+        config = AutoConfig.from_pretrained(model)
+        if not visual_token_ids(config):
+            raise
+        return config, False
 
 
 def visual_mask(config: PretrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
@@ -77,7 +101,7 @@ def load_processor(model: str, config: PretrainedConfig) -> ProcessorMixin:
     Raises:
         ValueError: neither has one that can be loaded.
     """
-    base = config.base_model_name_or_path
+    base = getattr(config, "base_model_name_or_path", None)
     found = partial(cached_file, filename="tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
     try:
         if found(model) is not None or base is None or base == model:
@@ -101,8 +125,7 @@ def load(model: str, layers: list[int] | None = None, device: str = "auto", dtyp
     Raises:
         ValueError, OSError: as `from_pretrained`, and for an unknown dtype or device.
     """
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
+    _check_dtype(dtype)
     device_map = place(device)
     config_class, model_class = model_classes(model)
     processor = load_processor(model, config_class.from_pretrained(model))  # before the weights, which take long
@@ -110,6 +133,24 @@ def load(model: str, layers: list[int] | None = None, device: str = "auto", dtyp
         config_fields["shortv_layers"] = layers
     loaded = model_class.from_pretrained(model, dtype=dtype, device_map=device_map, **config_fields)
     return loaded.eval(), processor
+
+
+def load_stock(model: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, ProcessorMixin]:
+    """As [`load`], of a family without a ShortV class: the stock model after `apply_shortv`, with nothing frozen.
+
+    Raises:
+        ValueError, OSError: as `from_pretrained` and `apply_shortv`, and for an unknown dtype or device.
+    """
+    _check_dtype(dtype)
+    device_map = place(device)
+    processor = load_processor(model, any_config(model)[0])
+    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, device_map=device_map)
+    return apply_shortv(loaded, []).eval(), processor
+
+
+def _check_dtype(dtype: str):
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
 
 
 def demo_model() -> str:

@@ -96,7 +96,8 @@ def write_processor(folder, family="llava", tokenizer="words", ids=None):
             "image_mean": [0.5, 0.5, 0.5],
             "image_std": [0.5, 0.5, 0.5],
         }
-        | IMAGE_OPTIONS.get(family, {}),
+        | IMAGE_OPTIONS.get(family, {})
+        | ({"image_grid_pinpoints": TILES if ids else TILES_OF_HELPERS} if family in TILED else {}),
         "processor_config.json": {"processor_class": PROCESSORS[family]} | PROCESSOR_OPTIONS.get(family, {}),
     }
     for name, content in files.items():
@@ -154,6 +155,7 @@ PROCESSORS = {
     "qwen3_vl": "Qwen3VLProcessor",
     "internvl": "InternVLProcessor",
     "gemma3": "Gemma3Processor",
+    "mistral3": "PixtralProcessor",
 }
 IMAGE_PROCESSORS = {
     "llava": "CLIPImageProcessor",
@@ -164,6 +166,7 @@ IMAGE_PROCESSORS = {
     "qwen3_vl": "Qwen2VLImageProcessor",
     "internvl": "GotOcr2ImageProcessor",
     "gemma3": "Gemma3ImageProcessor",
+    "mistral3": "PixtralImageProcessor",
 }
 # What a processor reads beside the tokenizer, for the towers of `helpers.py` and `families.py`
 PATCHES = {
@@ -179,14 +182,16 @@ QWEN_PATCHES = {
     "temporal_patch_size": 2,
     "size": {"shortest_edge": 64, "longest_edge": 512},
 }
+TILED = ("llava_next", "llava_onevision")
+TILES, TILES_OF_HELPERS = [[16, 16], [16, 32], [32, 16]], [[16, 32], [32, 16], [32, 32]]
 IMAGE_OPTIONS = {
-    "llava_next": {"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]},
-    "llava_onevision": {**SIDE, "image_grid_pinpoints": [[16, 16], [16, 32], [32, 16]]},
+    "llava_onevision": SIDE,
     "qwen2_vl": QWEN_PATCHES,
     "qwen2_5_vl": QWEN_PATCHES,
     "qwen3_vl": QWEN_PATCHES,
     "internvl": {**SIDE, "min_patches": 1, "max_patches": 2},
     "gemma3": SIDE,
+    "mistral3": {"patch_size": PATCH, "size": {"longest_edge": 16}},
 }
 PROCESSOR_OPTIONS = {
     "llava": PATCHES,
@@ -194,6 +199,13 @@ PROCESSOR_OPTIONS = {
     "llava_onevision": {"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
     "internvl": {"image_seq_length": 4},
     "gemma3": {"image_seq_length": 16},
+    "mistral3": {
+        "patch_size": PATCH,
+        "spatial_merge_size": 2,
+        "image_token": "<image>",
+        "image_break_token": "<start>",
+        "image_end_token": "<end>",
+    },
 }
 PICTURES = {  # in a prompt, before the processor puts a token for each feature there
     **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "qwen3_vl"], "<start><image><end>"),
