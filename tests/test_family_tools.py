@@ -180,6 +180,16 @@ def test_check_repo(repo):
 TRIED = ("shortv_qwen2_5_vl", "shortv_gemma3")  # in processes of their own, which take long
 
 
+def test_serve(repo, pictures):
+    """A family whose processor writes more than pixels; `test_serve.py` has the rest."""
+    test_serve = pytest.importorskip("test_serve")  # needs the `serve` extra
+    if json.loads((repo / "config.json").read_text())["model_type"] != "shortv_gemma3":
+        pytest.skip("one family is enough for a server")
+    with test_serve.serving(repo) as client:
+        answers = [test_serve.ask(client, repo, picture).choices[0].message.content for picture in pictures[:2]]
+    assert answers == test_serve.expected(repo, pictures[:2])
+
+
 def test_bench(repo, tmp_path, monkeypatch):
     """Of a repo's config, with other weights. Its FLOPs are those of the equations; no time is judged."""
     monkeypatch.setattr(benchmark_models, "SIDE_IN_PIXELS", 32)
