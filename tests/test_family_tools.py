@@ -126,6 +126,7 @@ def test_evaluation(loaded, picture):
     ]
     single = [evaluation.answer(*loaded, [case], max_new_tokens=4) for case in cases]
     assert evaluation.answer(*loaded, cases, max_new_tokens=4) == sum(single, [])
+    assert evaluation.answer(*loaded, cases[::-1], max_new_tokens=4) == sum(single[::-1], [])
 
 
 def test_vtw_k(base):
