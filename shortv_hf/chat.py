@@ -107,7 +107,7 @@ def load_processor(model: str, config: PretrainedConfig) -> ProcessorMixin:
         if found(model) is not None or base is None or base == model:
             return AutoProcessor.from_pretrained(model)
         return AutoProcessor.from_pretrained(base, revision=config.base_model_revision)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # an import of torchvision, which some families' need
         where = model if base is None or base == model else f"{model} or its base {base}"
         raise ValueError(f"no processor can be loaded from {where}: {' '.join(str(error).split())}") from error
 

@@ -155,7 +155,7 @@ PROCESSORS = {
     "qwen3_vl": "Qwen3VLProcessor",
     "internvl": "InternVLProcessor",
     "gemma3": "Gemma3Processor",
-    "mistral3": "PixtralProcessor",
+    "idefics3": "Idefics3Processor",
 }
 IMAGE_PROCESSORS = {
     "llava": "CLIPImageProcessor",
@@ -166,7 +166,7 @@ IMAGE_PROCESSORS = {
     "qwen3_vl": "Qwen2VLImageProcessor",
     "internvl": "GotOcr2ImageProcessor",
     "gemma3": "Gemma3ImageProcessor",
-    "mistral3": "PixtralImageProcessor",
+    "idefics3": "Idefics3ImageProcessor",
 }
 # What a processor reads beside the tokenizer, for the towers of `helpers.py` and `families.py`
 PATCHES = {
@@ -191,7 +191,11 @@ IMAGE_OPTIONS = {
     "qwen3_vl": QWEN_PATCHES,
     "internvl": {**SIDE, "min_patches": 1, "max_patches": 2},
     "gemma3": SIDE,
-    "mistral3": {"patch_size": PATCH, "size": {"longest_edge": 16}},
+    "idefics3": {
+        "size": {"longest_edge": IMAGE_SIZE},
+        "max_image_size": {"longest_edge": IMAGE_SIZE},
+        "do_image_splitting": False,
+    },
 }
 PROCESSOR_OPTIONS = {
     "llava": PATCHES,
@@ -199,13 +203,7 @@ PROCESSOR_OPTIONS = {
     "llava_onevision": {"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
     "internvl": {"image_seq_length": 4},
     "gemma3": {"image_seq_length": 16},
-    "mistral3": {
-        "patch_size": PATCH,
-        "spatial_merge_size": 2,
-        "image_token": "<image>",
-        "image_break_token": "<start>",
-        "image_end_token": "<end>",
-    },
+    "idefics3": {"image_seq_len": 4},
 }
 PICTURES = {  # in a prompt, before the processor puts a token for each feature there
     **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "qwen3_vl"], "<start><image><end>"),

@@ -80,8 +80,7 @@ def at_once(model, processor, messages, images):
 def test_a_conversation_equals_the_whole_prompts(loaded, pictures):
     """Each of its turns; another conversation with the same model goes on between them."""
     model, processor = loaded
-    talk, other = chat.Conversation(model, processor, 5), chat.Conversation(model, processor, 5)
-    other.ask("a circle ?")
+    talk = chat.Conversation(model, processor, 5)
     forwards = []
     hook = model.model.language_model.register_forward_hook(
         lambda _, args, kwargs, output: forwards.append(output.last_hidden_state.shape[1]), with_kwargs=True
@@ -97,7 +96,7 @@ def test_a_conversation_equals_the_whole_prompts(loaded, pictures):
         if not images and model.config.model_type != "shortv_gemma3":  # its window has slid on
             assert sum(forwards) < answer.prompt_tokens  # the earlier turns are not computed again
         assert answer.token_ids == at_once(model, processor, talk.messages[:-1], asked)
-        other.ask("what is this ?" if len(other.messages) > 2 else "is this red ?")
+        chat.Conversation(model, processor, 5).ask("a circle ?")
     hook.remove()
 
 
@@ -226,15 +225,15 @@ def test_bench(repo, tmp_path, monkeypatch):
 
 @pytest.fixture
 def stock(tmp_path):
-    """Writes a Mistral3, for which there is no class of ours, around a text model."""
-    pytest.importorskip("torchvision")
+    """Writes an Idefics3, for which there is no class of ours, around a text model."""
 
     def write(text_config=None):
-        config = OTHERS["mistral3"].config()
+        config = OTHERS["idefics3"].config()
         if text_config is not None:
             config.text_config = text_config
-        make_stock("Mistral3", config, "sdpa").save_pretrained(tmp_path / "stock")
-        return write_processor(tmp_path / "stock", "mistral3", ids=IDS)
+        make_stock("Idefics3", config, "sdpa").save_pretrained(tmp_path / "stock")
+        ids = {"<image>": 90, "<fake_token_around_image>": 94, "<end_of_utterance>": 95}
+        return write_processor(tmp_path / "stock", "idefics3", ids=ids)
 
     return write
 
@@ -254,9 +253,9 @@ def test_layer_contribution_without_a_class(stock, tmp_path):
     with model.using(shortv_layers=[]):
         assert not torch.equal(frozen, last_logits(model, inputs))
 
-    with pytest.raises(ValueError, match="no ShortV class for 'mistral3', so no repo of it"):
+    with pytest.raises(ValueError, match="no ShortV class for 'idefics3', so no repo of it"):
         shortv("lc", base, "--num-layers", 2, "--save-model", tmp_path / "repo")
-    with pytest.raises(ValueError, match="has model_type 'mistral3'; ShortV has classes for llava, "):
+    with pytest.raises(ValueError, match="has model_type 'idefics3'; ShortV has classes for llava, "):
         shortv("chat", base, "--prompt", "what is this ?")
     fresh = AutoModelForImageTextToText.from_pretrained(base)
     with pytest.raises(ValueError, match=r"call shortv_hf.apply_shortv\(model, \[\]\) first"):
