@@ -16,7 +16,7 @@ from test_base_weights import write_checkpoint
 from test_benchmark import tiny
 from transformers import AutoConfig
 
-from shortv_hf import benchmark, chat, hub, outputs, plots
+from shortv_hf import benchmark, benchmark_models, chat, hub, outputs, plots
 from shortv_hf import layer_contribution as lcs
 from shortv_hf.check_repo import check_files
 from shortv_hf.hub import build_repo
@@ -446,7 +446,7 @@ def test_pictures_are_not_replaced_unasked(base, folder):
 
 @pytest.fixture
 def tiny_bench(folder, monkeypatch):
-    monkeypatch.setitem(benchmark.SUBJECTS, "cpu-small", tiny)
+    monkeypatch.setitem(benchmark_models.SUBJECTS, "cpu-small", tiny)
     return ["bench", "--methods", "shortv", "--repeats", 1, "--images", 1, "--peak-tflops", 1, "--bandwidth-gbs", 1]
 
 
