@@ -101,8 +101,7 @@ Loaded = TypeVar("Loaded", bound="BaseWeightsMixin")
 class BaseWeightsMixin(_Model):
     """Modifications: `from_pretrained` reads weights from the base checkpoint; `save_pretrained` writes all of them."""
 
-    # makes `save_pretrained` copy the code files beside the weights
-    _auto_class = "AutoModelForImageTextToText"  # type: ignore[assignment]  # upstream's is `None`
+    _auto_class = "AutoModelForImageTextToText"  # makes `save_pretrained` copy the code files beside the weights
     # buffers that old checkpoints hold and models recompute; the head, for the models without one
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)position_ids$", r"^lm_head\.weight$"]
 
@@ -137,7 +136,7 @@ class BaseWeightsMixin(_Model):
         config_file = None
         if path is not None:
             config_file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        if config_file is None:
+        if path is None or config_file is None:
             return cls._load_without_config(path, model_args, config, hub_kwargs, kwargs)
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("use_safetensors=False: ShortV models read weights from safetensors files only")
@@ -157,7 +156,7 @@ class BaseWeightsMixin(_Model):
         adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
         adapter, adapter_name = adapter_kwargs.pop("_adapter_model_path", None), kwargs.pop("adapter_name", "default")
         try:
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(  # a pair, which upstream does not declare
                 location,
                 *model_args,
                 config=config,
@@ -173,6 +172,7 @@ class BaseWeightsMixin(_Model):
             raise ValueError(
                 f"a weight file of {location} is damaged or cut short ({error}); force_download=True fetches it again"
             ) from error
+        model, info = loaded
         if not wants_info:
             _require_complete(info, location)
         if adapter is not None:
@@ -192,7 +192,7 @@ class BaseWeightsMixin(_Model):
             )
             if own_file is not None and model.can_generate() and kwargs.get("generation_config") is None:
                 model.generation_config = GenerationConfig.from_pretrained(path, **hub_kwargs)
-        return (model, info) if wants_info else model
+        return loaded if wants_info else model
 
     @classmethod
     def _load_without_config(
@@ -218,12 +218,13 @@ class BaseWeightsMixin(_Model):
             return super().from_pretrained(path, *model_args, config=config, **hub_kwargs, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         key_mapping = cls._key_mapping(config, kwargs.pop("key_mapping", None))
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(  # a pair, as above
             None, *model_args, config=config, key_mapping=key_mapping, output_loading_info=True, **kwargs
         )
+        model, info = loaded
         if not wants_info:
             _require_complete(info, "the state dict")
-        return (model, info) if wants_info else model
+        return loaded if wants_info else model
 
     @classmethod
     def _key_mapping(cls, config: Any, key_mapping: dict[str, str] | None) -> dict[str, str]:

@@ -10,6 +10,7 @@ chunk, Q of them left in the stream, T computed in a frozen layer, K keys.
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,15 @@ from .cache import KeptLayer, is_shortened
 from .reduction import ImageReduction, Reduction, StreamReduction, TokenMap, is_dropped, last_row_attention
 from .rows import Rows, Tokens, additive, mask_at, packed_sequences
 from .upstream import (
-    Attention, argument, find_cache, keep_deepstack, kind_of, mask_sizes, rotary_tables, seen_by, sliding_window,
+    Attention,
+    argument,
+    find_cache,
+    keep_deepstack,
+    kind_of,
+    mask_sizes,
+    rotary_tables,
+    seen_by,
+    sliding_window,
 )
 
 
@@ -138,7 +147,7 @@ class Plan:
         if kept is not None:
             for name, tables in rotary_tables(kwargs).items():
                 key = "stream", name, *kind_of(attention), tables[0].device
-                kwargs[name] = self._share(key, lambda tables=tables: tuple(kept.select(part) for part in tables))
+                kwargs[name] = self._share(key, partial(_rows_of_tables, kept, tables))
         if rows is None:
             key = "stream mask", *kind_of(attention), *stream.sees(layer), stream.keys[layer].slots.device
             kwargs["attention_mask"] = self._share(key, lambda: stream.stock_mask(attention, kwargs))
@@ -155,7 +164,7 @@ class Plan:
         """Rotary cos and sin of the tokens that are computed. Some models have other tables in layers with a window."""
         sees = () if self.stream is None else self.stream.sees(attention.layer_idx)
         key = "rotary", *kind_of(attention), *sees, tables[0].device
-        return self._share(key, lambda: tuple(rows.select(part) for part in tables))
+        return self._share(key, partial(_rows_of_tables, rows, tables))
 
     def mask(self, attention: Attention, rows: Rows, kwargs: dict, states: Tensor) -> Tensor:
         """What those tokens attend to, `[B, 1, T, K]`: bool, or additive for eager and for a custom additive mask. To
@@ -186,6 +195,11 @@ class Plan:
         return additive(mask, states.dtype) if implementation == "eager" else mask
 
 
+def _rows_of_tables(rows: Rows, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    cos, sin = tables
+    return rows.select(cos), rows.select(sin)
+
+
 class Stream:
     """The tokens that are left in a pass, and what the layers' attention needs to know of them.
 
@@ -212,10 +226,13 @@ class Stream:
         self.keys: dict[int, Tokens] = {}
         self.changed: set[int] = set()
         self.scores: Tensor | None = None
-        self._waiting: tuple[StreamReduction, Tensor, Tensor, Tensor, list[int]] | None = None  # for the attention that ranks tokens
+        self._waiting: tuple[StreamReduction, Tensor, Tensor, Tensor, list[int]] | None = (
+            None  # for the attention that ranks tokens
+        )
         self._histories: dict[int, Any] = {}
-        two_dimensional = torch.is_tensor(self.attention_mask) and self.attention_mask.ndim == 2
-        self.padding_mask = self.attention_mask[:, -self.length :] if two_dimensional else plan.padding
+        given = self.attention_mask
+        two_dimensional = given if torch.is_tensor(given) and given.ndim == 2 else None
+        self.padding_mask = plan.padding if two_dimensional is None else two_dimensional[:, -self.length :]
         self.no_padding = self.attention_mask is None
         # Positions on a grid stay as they are; in a row, tokens that never reached the model leave no gap.
         self.renumbers = self.position_ids is None or self.position_ids.ndim == 2
@@ -228,8 +245,8 @@ class Stream:
             real = torch.ones(self.batch_size, self.length, dtype=torch.bool, device=device)
             if self.padding_mask is not None:
                 real = self.padding_mask.to(device=device, dtype=torch.bool)
-            if two_dimensional:
-                self.no_padding = bool((self.attention_mask != 0).all())
+            if two_dimensional is not None:
+                self.no_padding = bool((two_dimensional != 0).all())
             if isinstance(reduction, ImageReduction):
                 shift = self._drop_marked(real, shift)
             elif isinstance(reduction, StreamReduction):
@@ -360,7 +377,7 @@ class Stream:
         layers: Any = cache.layers
         if self.first_layer is not None:
             while len(layers) <= layer:  # a cache without a config grows as it is used
-                layers.append(cache.layer_class_to_replicate())
+                layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]  # such a cache has one
         if layer >= len(layers):
             return states
         shortened_before = isinstance(layers[layer], KeptLayer)

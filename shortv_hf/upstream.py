@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, cast
 
@@ -116,7 +116,7 @@ if TYPE_CHECKING:
     class TextModel(PreTrainedModel):
         """A text model without its head."""
 
-        layers: Iterable[DecoderLayer]
+        layers: Sequence[DecoderLayer]
         gradient_checkpointing: bool
 
 else:
