@@ -226,9 +226,8 @@ class Stream:
         self.keys: dict[int, Tokens] = {}
         self.changed: set[int] = set()
         self.scores: Tensor | None = None
-        self._waiting: tuple[StreamReduction, Tensor, Tensor, Tensor, list[int]] | None = (
-            None  # for the attention that ranks tokens
-        )
+        # for the attention that ranks tokens
+        self._waiting: tuple[StreamReduction, Tensor, Tensor, Tensor, list[int]] | None = None
         self._histories: dict[int, Any] = {}
         given = self.attention_mask
         two_dimensional = given if torch.is_tensor(given) and given.ndim == 2 else None
@@ -349,7 +348,7 @@ class Stream:
         """The text model's keyword arguments in this pass."""
         kwargs = {**kwargs, "position_ids": self.position_ids}
         kept = self.rows(0)
-        return kwargs if kept is None else keep_deepstack(kwargs, kept)
+        return kwargs if kept is None else keep_deepstack(kwargs, kept.index, kept.valid)
 
     def rows(self, layer: int) -> Rows | None:
         """The tokens of the chunk that a layer sees; `None` for all."""

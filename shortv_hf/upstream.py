@@ -24,8 +24,6 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.auto import image_processing_auto, processing_auto, tokenization_auto, video_processing_auto
 from transformers.models.llama.modeling_llama import LlamaModel
 
-from .rows import Rows
-
 
 try:  # 5.x
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -275,17 +273,17 @@ def mask_sizes(cache: Cache | None, layer: int, length: int, kwargs: dict, devic
     return cache.get_mask_sizes(query, layer)
 
 
-def keep_deepstack(kwargs: dict, rows: Rows) -> dict:
-    """A text model's arguments for a chunk of which only `rows` are left: features that the first layers add to visual
-    tokens (Qwen3-VL) are cut with them."""
+def keep_deepstack(kwargs: dict, index: Tensor, valid: Tensor | None) -> dict:
+    """A text model's arguments for a chunk of which only the tokens at `index` `[B, T]` are left, without those where
+    `valid` is False: features that the first layers add to visual tokens (Qwen3-VL) are cut with them."""
     mask, features = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
     if mask is None or features is None:
         return kwargs
-    left = torch.zeros_like(mask).scatter(1, rows.index, True if rows.valid is None else rows.valid)
+    left = torch.zeros_like(mask).scatter(1, index, True if valid is None else valid)
     kept = left[mask]
-    mask = mask.gather(1, rows.index)
-    if rows.valid is not None:
-        mask = mask & rows.valid
+    mask = mask.gather(1, index)
+    if valid is not None:
+        mask = mask & valid
     return {**kwargs, "visual_pos_masks": mask, "deepstack_visual_embeds": [each[kept] for each in features]}
 
 
