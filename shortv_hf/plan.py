@@ -336,6 +336,7 @@ class Stream:
                 states = self.map.apply(states)
             states = self.kept.select(states)
         cache, rows = find_cache(kwargs), self.rows(layer)
+        self.cache = cache  # the text model makes one where none was given
         tokens = self.chunk.to(states.device)
         tokens = tokens if rows is None else tokens.at(rows)
         if rows is not None:
