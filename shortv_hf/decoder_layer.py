@@ -15,7 +15,7 @@ pass (`plan.py`). A layer without one (a text-only prompt, every decoding step) 
 forward and nothing else.
 """
 
-from functools import cache
+import functools
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
 import torch
@@ -83,9 +83,9 @@ class ShortVAttentionMixin(_Attention):
         mask = frozen.mask(self, rows, kwargs, states)
         query = rotate(self, self._heads("q", hidden_states), frozen.rotary(self, rows, tables))
         key, value = rotate(self, self._heads("k", states), tables), self._heads("v", states)
-        cached = find_cache(kwargs)
-        if cached is not None:
-            key, value = update_cache(cached, key, value, self.layer_idx, kwargs)
+        cache = find_cache(kwargs)
+        if cache is not None:
+            key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 
         # SDPA with an explicit mask whatever the model's implementation: there are fewer queries than keys, and kernels
         # do not agree on how `is_causal` aligns the two. Eager is the one that returns attention weights, and knows what
@@ -141,7 +141,7 @@ def _rebuild(stock_class: type, mixins: tuple[type, ...]) -> nn.Module:
     return made.__new__(made)
 
 
-@cache
+@functools.cache
 def grafted_class(stock_class: type, *mixins: type) -> type[nn.Module]:
     """The `stock_class` with `mixins` before it, under its own name: upstream tells classes apart by their names (layers
     that must not be split over devices, outputs to be recorded)."""

@@ -366,6 +366,7 @@ class Stream:
             assert self.kept is not None  # the layer before has chosen, if it was not known before
             states = self.kept.select(states)
         cache, rows = find_cache(kwargs), self.rows(layer)
+        self.cache = cache  # the text model makes one where none was given
         tokens = self.chunk.to(states.device)
         tokens = tokens if rows is None else tokens.at(rows)
         if rows is not None:

@@ -127,6 +127,11 @@ def stock_class(module: nn.Module) -> type:
     return next(each for each in type(module).__mro__ if each.__module__.startswith("transformers."))
 
 
+def family_of(module: nn.Module) -> Any:
+    """The file of upstream's that defines a module's class."""
+    return sys.modules[stock_class(module).__module__]
+
+
 def text_model(base: nn.Module) -> TextModel:
     """The text model in a vision-language model without its head. Raises `ValueError` if there is none."""
     for name in ("language_model", "text_model"):
@@ -180,13 +185,13 @@ def own_tables(attention: Attention, kwargs: dict) -> tuple[Tensor, Tensor]:
 
 def eager_attention(attention: Attention) -> Callable:
     """The eager attention of a module's family, with what it does to logits."""
-    return sys.modules[stock_class(attention).__module__].eager_attention_forward
+    return family_of(attention).eager_attention_forward
 
 
 def rotate(attention: Attention, states: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of `states` `[B, heads, n, d]` with cos and sin `[B or 1, n, d]`, by the family's own function. It
     takes queries and keys of one length: the other ones are empty here."""
-    family = sys.modules[stock_class(attention).__module__]
+    family = family_of(attention)
     if tables[0].ndim == 4:  # `[3, B, n, d]`, Qwen2-VL and Qwen2.5-VL on 4.x
         sections = attention.rope_scaling["mrope_section"]
         return family.apply_multimodal_rotary_pos_emb(states, states[:, :0], *tables, sections)[0]
