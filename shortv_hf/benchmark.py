@@ -8,8 +8,9 @@ On a GPU, one command per model of the paper (llava-1.5-7b, llava-1.5-13b, llava
 
     shortv bench --device cuda --dtype bfloat16 --models llava-1.5-7b --batch 1 4 8 --repeats 15 --output llava-1.5-7b.json
 
-`python scripts/benchmark.py` in a checkout is the same. Beside the JSON file there is a Markdown table; both are written
-anew after every prompt. Where several numbers of frozen layers were measured, a chart follows at the end.
+`--models` takes ShortV repos of any family too, of which the configs alone are read. `python scripts/benchmark.py` in a
+checkout is the same. Beside the JSON file there is a Markdown table; both are written anew after every prompt. Where
+several numbers of frozen layers were measured, a chart follows at the end.
 
 Memory of long prompts, without timing: `--images 5 10 20 35 --repeats 0 --methods shortv --num-layers 10`.
 Time to load a checkpoint: `--loading`.
@@ -35,10 +36,11 @@ from transformers.utils import logging
 from . import benchmark_report as reports
 from . import outputs, plots
 from .benchmark_loading import time_loading
-from .benchmark_meters import profile_prefill, time_decoding, time_prefill
-from .benchmark_models import METHODS, STOCK, SUBJECTS, Method, build_models, choose_methods, make_inputs
+from .benchmark_meters import profile_prefill, time_decoding, time_prefill, vision_parts
+from .benchmark_models import METHODS, STOCK, Method, build_models, choose_methods, find_subject, make_inputs
 from .roofline import Peak, device_peak, prefill_seconds
 from .trial import check_decoding
+from .upstream import text_model
 
 
 WARM_UP = {"cpu": 1, "cuda": 3}  # rounds; on CUDA, a compiled forward records its graph in the second
@@ -100,7 +102,7 @@ class Bench:
         if method != STOCK:
             model.set_shortv_layers(list(method.shortv_layers))
             model.set_visual_reduction(method.visual_reduction)
-        parts = (model.model.vision_tower, model.model.language_model) if variant.mode == "compiled" else ()
+        parts = (vision_parts(model.model)[0], text_model(model.model)) if variant.mode == "compiled" else ()
         for part in parts:
             if part not in self._compiled:
                 self._compiled[part] = torch.compile(part.forward, **self.compile_options)
@@ -265,7 +267,7 @@ def parse_arguments(arguments: list[str], program: str) -> argparse.Namespace:
         program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
-    add("--models", nargs="+", default=["cpu-small"], choices=list(SUBJECTS))
+    add("--models", nargs="+", default=["cpu-small"], help="of those above, or ShortV repos (default cpu-small)")
     add("--images", nargs="+", type=_positive, help="images per prompt; default 1, of cpu-small 1 and 5")
     add("--text-tokens", type=_positive, default=64, help="per row (default 64)")
     add("--batch", nargs="+", type=_positive, default=[1], help="rows (default 1)")
@@ -319,10 +321,8 @@ def main(arguments: list[str] | None = None, program: str = "shortv bench"):
     if arguments.dynamic and arguments.compile == "none":
         raise ValueError("--dynamic is about compiled methods; --compile is none, valid with it are some and all")
     dtype = getattr(torch, arguments.dtype)
-    subjects = {name: SUBJECTS[name]() for name in arguments.models}
-    chosen = {
-        name: choose_methods(subject, arguments.methods, arguments.num_layers) for name, subject in subjects.items()
-    }
+    subjects = {name: find_subject(name) for name in arguments.models}
+    chosen = {name: choose_methods(each, arguments.methods, arguments.num_layers) for name, each in subjects.items()}
     peak = device_peak(device, dtype, arguments.peak_tflops, arguments.bandwidth_gbs)
     command = " ".join([program, *given])
     report = {"conditions": conditions(arguments, command, device, peak), "results": [], "skipped": [], "loading": []}

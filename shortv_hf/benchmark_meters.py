@@ -5,14 +5,21 @@ import weakref
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from .upstream import CACHE, find_cache
+from .upstream import CACHE, find_cache, text_model
 
 
 DECODING_STEPS = 4  # per repetition
+VISION = ("vision_tower", "visual", "multi_modal_projector")  # parts of models, in the order in which they run
+
+
+def vision_parts(base) -> list[nn.Module]:
+    """What makes features of pictures, in a model without its head: the tower first."""
+    return [getattr(base, name) for name in VISION if hasattr(base, name)]
 
 
 class Stopwatch:
@@ -53,12 +60,12 @@ def time_prefill(model, inputs: dict):
     def marking(name):
         return lambda *_: watch.mark(name)
 
-    parts = model.model
+    vision, text = vision_parts(model.model), text_model(model.model)
     hooks = [
-        parts.vision_tower.register_forward_pre_hook(marking("vision")),
-        parts.multi_modal_projector.register_forward_hook(marking("vision_end")),
-        parts.language_model.register_forward_pre_hook(marking("language_model")),
-        parts.language_model.register_forward_hook(marking("language_model_end")),
+        vision[0].register_forward_pre_hook(marking("vision")),
+        vision[-1].register_forward_hook(marking("vision_end")),
+        text.register_forward_pre_hook(marking("language_model")),
+        text.register_forward_hook(marking("language_model_end")),
     ]
     try:
         watch.synchronize()

@@ -1,26 +1,21 @@
 """What the benchmark runs: real architectures with random weights, prompts for them, and the methods as data."""
 
+import inspect
 from dataclasses import dataclass, field
 
 import torch
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextForConditionalGeneration,
-)
+from transformers import CLIPVisionConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
 
+from .chat import model_classes
 from .configuration_shortv import SHORTV_FIELDS, ShortVLlavaConfig
 from .flops import visual_tokens_by_layer
-from .modeling_shortv import ShortVLlavaForConditionalGeneration, ShortVLlavaNextForConditionalGeneration
+from .modeling_shortv import MODELS
 from .paper_models import PAPER_MODELS
+from .trial import TOKEN_TYPES, visual_ids
 from .upstream import image_features
 
 
-CLASSES = {
-    "llava": (LlavaForConditionalGeneration, ShortVLlavaForConditionalGeneration),
-    "llava_next": (LlavaNextForConditionalGeneration, ShortVLlavaNextForConditionalGeneration),
-}
+SIDE_IN_PIXELS = 896  # of a picture, in families that keep its size
 TEXT_BEFORE_IMAGE = 35  # tokens, in the paper's runs
 
 
@@ -35,7 +30,7 @@ class Subject:
         images: per prompt, unless asked otherwise.
     """
 
-    config: ShortVLlavaConfig
+    config: PretrainedConfig
     swept: tuple[int, ...]
     vtw_layer: int
     images: tuple[int, ...] = (1,)
@@ -77,6 +72,25 @@ SUBJECTS = {
 }
 
 
+def find_subject(name: str) -> Subject:
+    """One of the [`SUBJECTS`], or a ShortV repo (Hub id or directory), of whose config alone is read.
+
+    Raises:
+        ValueError: it is neither, or a repo that freezes no layer.
+    """
+    if name in SUBJECTS:
+        return SUBJECTS[name]()
+    try:
+        config = model_classes(name)[0].from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"--models takes {', '.join(SUBJECTS)} or a ShortV repo, and {name} is neither: {error}"
+        ) from None
+    if not config.shortv_layers:
+        raise ValueError(f"{name} freezes no layer; name a ShortV repo that does")
+    return Subject(config, swept=(), vtw_layer=config.get_text_config().num_hidden_layers // 2)
+
+
 @dataclass(frozen=True)
 class Method:
     """A way to run the prompt. `shortv_layers` `None` is the stock Hugging Face class, the baseline."""
@@ -113,10 +127,13 @@ def choose_methods(subject: Subject, names: list[str], num_layers: list[int] | N
     return methods
 
 
-def build_models(config, device: torch.device, dtype: torch.dtype):
-    """Stock and ShortV model that share one set of random weights, made on the device."""
+def build_models(
+    config: PretrainedConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """Stock and ShortV model that share one set of random weights, made on the device. `config`: a ShortV one."""
     config._attn_implementation = "sdpa"
-    stock_class, shortv_class = CLASSES[config.base_model_type]
+    shortv_class = next(each for each in MODELS if each.config_class is type(config))
+    stock_class = next(each for each in shortv_class.__mro__ if each.__module__.startswith("transformers."))
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -143,21 +160,51 @@ def stock_fields(config) -> dict:
     return fields
 
 
-def make_inputs(stock, t: int, images: int, batch: int) -> dict:
+def make_inputs(stock: PreTrainedModel, t: int, images: int, batch: int) -> dict[str, torch.Tensor]:
     """For a stock model: rows of `t` text tokens and `images` pictures, `TEXT_BEFORE_IMAGE` of the tokens before them.
 
-    LLaVA-NeXT gets square pictures of 2 x 2 tiles and the overview: 2880 patches, and 48 ends of lines.
+    Models that cut pictures into tiles get square ones of 2 x 2 tiles and the overview: of LLaVA-NeXT 2880 patches, and
+    48 ends of lines. Those that keep the size get `SIDE_IN_PIXELS` squared.
+
+    Raises:
+        ValueError: `t` is too small for the tokens around the pictures.
     """
-    side, device, dtype = stock.config.vision_config.image_size, stock.device, stock.dtype
-    if stock.config.model_type == "llava":
-        inputs = {"pixel_values": torch.randn(batch * images, 3, side, side, device=device, dtype=dtype)}
-    else:
-        pixels = torch.randn(batch * images, 5, 3, side, side, device=device, dtype=dtype)
-        inputs = {"pixel_values": pixels, "image_sizes": torch.tensor([[2 * side, 2 * side]] * batch * images)}
+    config, device = stock.config, stock.device
+    inputs = _make_pictures(stock, batch * images)
     with torch.inference_mode():
-        features = stock.get_image_features(**inputs)
-    v = sum(len(feature) for feature in image_features(features)) // batch
-    start, image_token = min(TEXT_BEFORE_IMAGE, t - 1), stock.config.image_token_id
-    ids = torch.randint(3, min(stock.config.text_config.vocab_size, image_token), (batch, t + v), device=device)
-    ids[:, start : start + v] = image_token
+        features = image_features(stock.get_image_features(**inputs))
+    marks = [getattr(config, f"vision_{end}_token_id", None) for end in ("start", "end")]
+    before, after = ([] if mark is None else [mark] for mark in marks)
+    pictures = []
+    for feature in features[: len(features) // batch]:
+        pictures += [*before, *[config.image_token_id] * len(feature), *after]
+    v = sum(map(len, features)) // batch
+    around = len(pictures) - v
+    if t <= around:
+        raise ValueError(
+            f"--text-tokens is {t}; with {images} images, whose marks are text, the least is {around + 1}"
+        )
+    start, limit = (
+        min(TEXT_BEFORE_IMAGE, t - around - 1),
+        min(config.get_text_config().vocab_size, *visual_ids(config)),
+    )
+    ids = torch.randint(3, limit, (batch, t + v), device=device)
+    ids[:, start : start + len(pictures)] = torch.tensor(pictures, device=device)
+    for name in TOKEN_TYPES & inspect.signature(stock.forward).parameters.keys():
+        inputs[name] = (ids == config.image_token_id).int()
     return {"input_ids": ids, **inputs}  # no row is padded, and a mask would keep compiled models from causal kernels
+
+
+def _make_pictures(stock: PreTrainedModel, n: int) -> dict[str, torch.Tensor]:
+    """Arguments of `get_image_features` for `n` pictures of noise."""
+    vision, options = stock.config.vision_config, {"device": stock.device, "dtype": stock.dtype}
+    if hasattr(vision, "spatial_merge_size"):  # flat patches of the picture's own size
+        side = SIDE_IN_PIXELS // (vision.patch_size * vision.spatial_merge_size) * vision.spatial_merge_size
+        values = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        grid = torch.tensor([[1, side, side]] * n, device=stock.device)
+        return {"pixel_values": torch.randn(n * side**2, values, **options), "image_grid_thw": grid}
+    side = vision.image_size if isinstance(vision.image_size, int) else vision.image_size[0]
+    if getattr(stock.config, "image_grid_pinpoints", None) is None:
+        return {"pixel_values": torch.randn(n, 3, side, side, **options)}
+    sizes = torch.tensor([[2 * side, 2 * side]] * n)
+    return {"pixel_values": torch.randn(n, 5, 3, side, side, **options), "image_sizes": sizes}

@@ -13,23 +13,36 @@ from pathlib import Path
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoProcessor, DynamicCache, PretrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    DynamicCache,
+    PretrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.hub import cached_file
 
 from .cache import KeptLayer
 from .images import to_rgb
 from .model_card import is_hub_id
-from .modeling_shortv import MODELS
+from .modeling_shortv import MODELS, apply_shortv
 from .prompts import user_message
 from .upstream import CACHE, visual_token_ids
+
+
+class NoShortVClass(ValueError):
+    """A model is of a family that has no ShortV class."""
 
 
 def model_classes(model: str, **hub_kwargs) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
     """Config and model class for a ShortV repo or an original checkpoint (Hub id or directory); loads no weights.
 
     Raises:
-        ValueError: if it is of a family that has no ShortV class.
+        NoShortVClass: if it is of a family that has none.
+        ValueError: if there is no model.
         OSError: if it cannot be found.
     """
     if not is_hub_id(str(model)) and not Path(model).expanduser().exists():
@@ -46,7 +59,18 @@ def model_classes(model: str, **hub_kwargs) -> tuple[type[PretrainedConfig], typ
         if model_type in (config_class.model_type, config_class.base_model_type):
             return config_class, model_class
     supported = ", ".join(model_class.config_class.base_model_type for model_class in MODELS)
-    raise ValueError(f"{model} has model_type {model_type!r}; ShortV has classes for {supported}")
+    raise NoShortVClass(f"{model} has model_type {model_type!r}; ShortV has classes for {supported}")
+
+
+def any_config(model: str) -> tuple[PretrainedConfig, bool]:
+    """The config of a vision-language model, and whether its family has a ShortV class. Errors as [`model_classes`]."""
+    try:
+        return model_classes(model)[0].from_pretrained(model), True
+    except NoShortVClass:
+        config = AutoConfig.from_pretrained(model)
+        if not visual_token_ids(config):
+            raise
+        return config, False
 
 
 def visual_mask(config: PretrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:
@@ -77,7 +101,7 @@ def load_processor(model: str, config: PretrainedConfig) -> ProcessorMixin:
     Raises:
         ValueError: neither has one that can be loaded.
     """
-    base = config.base_model_name_or_path
+    base = getattr(config, "base_model_name_or_path", None)
     found = partial(cached_file, filename="tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
     try:
         if found(model) is not None or base is None or base == model:
@@ -101,8 +125,7 @@ def load(model: str, layers: list[int] | None = None, device: str = "auto", dtyp
     Raises:
         ValueError, OSError: as `from_pretrained`, and for an unknown dtype or device.
     """
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ValueError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
+    _check_dtype(dtype)
     device_map = place(device)
     config_class, model_class = model_classes(model)
     processor = load_processor(model, config_class.from_pretrained(model))  # before the weights, which take long
@@ -110,6 +133,24 @@ def load(model: str, layers: list[int] | None = None, device: str = "auto", dtyp
         config_fields["shortv_layers"] = layers
     loaded = model_class.from_pretrained(model, dtype=dtype, device_map=device_map, **config_fields)
     return loaded.eval(), processor
+
+
+def load_stock(model: str, device: str = "auto", dtype: str = "auto") -> tuple[PreTrainedModel, ProcessorMixin]:
+    """As [`load`], of a family without a ShortV class: the stock model after `apply_shortv`, with nothing frozen.
+
+    Raises:
+        ValueError, OSError: as `from_pretrained` and `apply_shortv`, and for an unknown dtype or device.
+    """
+    _check_dtype(dtype)
+    device_map = place(device)
+    processor = load_processor(model, any_config(model)[0])
+    loaded = AutoModelForImageTextToText.from_pretrained(model, dtype=dtype, device_map=device_map)
+    return apply_shortv(loaded, []).eval(), processor
+
+
+def _check_dtype(dtype: str):
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"unknown dtype {dtype!r}; use auto, float32, bfloat16 or float16")
 
 
 def demo_model() -> str:
@@ -192,6 +233,10 @@ def _crop(cache: DynamicCache, lengths: list[tuple[int, ...]]) -> bool:
     return [_lengths(layer) for layer in cache.layers] == lengths
 
 
+TEXT_INPUTS = ("input_ids", "attention_mask")
+ROW_PER_PICTURE = {"pixel_values", "image_sizes"}  # in families that need no more of a picture
+
+
 @dataclass
 class Conversation:
     """A chat that keeps its KV cache: a new turn computes its own tokens only."""
@@ -203,6 +248,7 @@ class Conversation:
     _images: list = field(default_factory=list)
     _ids: torch.Tensor | None = None  # of the conversation so far, its last answer included; `[1, n]`
     _cache: DynamicCache | None = None
+    _rope_deltas: torch.Tensor | None = None  # of the Qwens: how far positions lag behind the tokens of the cache
     _was_cut: bool = False  # whether this turn took tokens off the cache that it began with
 
     @torch.inference_mode()
@@ -247,16 +293,18 @@ class Conversation:
         n_known, self._images = len(self._images), [*self._images, *images]
         inputs = self._encode(messages)
         stream = _Stream(self.processor, on_text)
-        n_cached = self._resume(inputs["input_ids"])
-        if n_cached and n_known < len(self._images):  # a later image: `generate` would not hand it on
-            pixels = self._to_model(self.processor.image_processor(self._images[n_known:], return_tensors="pt"))
+        pictures = self._new_pictures(inputs, n_known)
+        n_cached = self._start() if pictures is None else self._resume(inputs["input_ids"])
+        if n_cached and hasattr(self.model.model, "rope_deltas"):  # they can be of another conversation by now
+            self.model.model.rope_deltas = self._rope_deltas
+        if n_cached and pictures:  # a later image: `generate` would not hand it on
             chunk = {
                 "input_ids": inputs["input_ids"][:, n_cached:-1],
                 "attention_mask": inputs["attention_mask"][:, :-1],
             }
-            self.model(**chunk, **pixels, **{CACHE: self._cache}, logits_to_keep=1)
+            self.model(**chunk, **pictures, **{CACHE: self._cache}, logits_to_keep=1)
         if n_cached:
-            inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+            inputs = {name: inputs[name] for name in TEXT_INPUTS}
         output = self.model.generate(
             **inputs,
             **{CACHE: self._cache},
@@ -268,7 +316,7 @@ class Conversation:
         token_ids = stream.tokens
         answer = self.processor.decode(token_ids, skip_special_tokens=True).strip()
         self.messages = [*messages, {"role": "assistant", "content": [{"type": "text", "text": answer}]}]
-        self._ids = output
+        self._ids, self._rope_deltas = output, getattr(self.model.model, "rope_deltas", None)
         return Answer(
             text=answer,
             token_ids=token_ids,
@@ -291,6 +339,24 @@ class Conversation:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs
 
+    def _new_pictures(self, inputs: dict, n_known: int) -> dict | None:
+        """Of the inputs of the whole prompt, those of the pictures behind the first `n_known`: `{}` if there are none.
+
+        `None` if they cannot be told apart, or mean nothing without the pictures before: grids, types of tokens and
+        numbers of tiles are those of whole prompts, and positions follow from them.
+        """
+        if n_known == len(self._images):
+            return {}
+        pictures = {name: value for name, value in inputs.items() if name not in TEXT_INPUTS}
+        if not pictures.keys() <= ROW_PER_PICTURE or any(len(each) != len(self._images) for each in pictures.values()):
+            return None
+        return {name: value[n_known:] for name, value in pictures.items()}
+
+    def _start(self) -> int:
+        """Begin with an empty cache; returns how many tokens it holds."""
+        self._cache = DynamicCache(config=self.model.config)
+        return 0
+
     def _resume(self, ids: torch.Tensor) -> int:
         """Make the cache hold a beginning of `ids` `[1, n]`, and return how long it is: what they have in common with the
         last turn, if that has all images of it; else nothing."""
@@ -306,8 +372,7 @@ class Conversation:
                     return common
                 except (RuntimeError, ValueError):  # a sliding window or a reduction has dropped what would be needed
                     pass
-        self._cache = DynamicCache(config=self.model.config)
-        return 0
+        return self._start()
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ except ImportError as error:
     raise SystemExit(f"the shortv command needs the extra: pip install '.[cli]' in its checkout ({error})") from error
 
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="ShortV for Hugging Face LLaVA models.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="ShortV for Hugging Face vision-language models.")
 
 
 def _version(wanted: bool):
@@ -34,7 +34,7 @@ def _version(wanted: bool):
 
 @app.callback()
 def shortv(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False):
-    """ShortV for Hugging Face LLaVA models."""
+    """ShortV for Hugging Face vision-language models."""
 
 
 def _load_config(model: str, revision: str | None = None):
@@ -68,7 +68,7 @@ Reduction = Annotated[
 
 
 # What several commands take, in one form everywhere. The model is the first argument; `--model NAME` is the same.
-MODEL_HELP = "Hub id or directory of a ShortV repo or a LLaVA checkpoint"
+MODEL_HELP = "Hub id or directory of a ShortV repo or an original checkpoint"
 ModelOption = Annotated[str | None, typer.Option("--model", help="The same as MODEL.", hidden=True)]
 DefaultModel = Annotated[
     str | None,
@@ -324,7 +324,10 @@ def lc(
     dtype: Dtype = "auto",
     model_option: ModelOption = None,
 ):
-    """Rank the decoder layers of a model on data, choose which to freeze, and write a repo that freezes them."""
+    """Rank the decoder layers of a model on data, choose which to freeze, and write a repo that freezes them.
+
+    Vision-language models without a ShortV class are ranked too, with `apply_shortv`.
+    """
     from . import calibration_data, chat, hub, outputs, plots
     from . import layer_contribution as lcs
     from .flops import flops_ratio as ratio_of_flops
@@ -340,7 +343,11 @@ def lc(
     if save_model is not None and save_model.resolve() == Path(model).resolve():
         raise ValueError(f"--save-model {save_model} is the checkpoint itself; name another directory")
     plots.check_matplotlib()
-    config = _load_config(model)
+    config, has_class = chat.any_config(model)
+    if save_model is not None and not has_class:
+        raise ValueError(
+            f"there is no ShortV class for {config.model_type!r}, so no repo of it can be written (--save-model)"
+        )
     lcs.check_choices(metric, kl=kl)
     lcs.check_budget(config, num_layers, flops_ratio, max_kl)
     if output is None:
@@ -352,7 +359,7 @@ def lc(
         outputs.check_folder(save_model, overwrite)
         hub.check_output_dir(save_model, overwrite=overwrite)
 
-    loaded, processor = chat.load(model, None, device, dtype)
+    loaded, processor = chat.load(model, None, device, dtype) if has_class else chat.load_stock(model, device, dtype)
     inputs = calibration_data.Samples(data, processor, samples, seed)
     options = {"kl": kl, "seed": seed, "data": f"{','.join(data)}, {samples} each, seed {seed}"}
     ranking = lcs.rank_layers(loaded, inputs, metric, **options)
@@ -380,7 +387,18 @@ def lc(
             print(f"{share:.1%} of the prefill's FLOPs at the samples' t = {t:.0f} text and v = {v:.0f} visual tokens")
     elif metric != "random":
         sets = [ranking.layers(number) for number in range(len(ranking.order) + 1)]
-        _print_budgets(model, ranking, config, lcs.joint_kl_curve(loaded, inputs, sets, kl), output)
+        _print_budgets(ranking, config, lcs.joint_kl_curve(loaded, inputs, sets, kl))
+    if not has_class:
+        file = output / "ranking.json"
+        layers = f'LayerRanking.load("{file}").layers(N)' if n is None else ranking.layers(n)
+        print("to freeze N layers, in Python:" if n is None else "to freeze them, in Python:")
+        print(f'model = AutoModelForImageTextToText.from_pretrained("{model}")')
+        print(f"apply_shortv(model, shortv_layers={layers})")
+    elif n is None and metric != "random":
+        build = f"build-repo {model} --ranking {output / 'ranking.json'} --num-layers N --output REPO"
+        if config.base_model_name_or_path is None:  # there is nothing to reference
+            build = f"lc {model} --num-layers N --save-model REPO, with the same data"
+        print(f"to freeze N layers: shortv {build}")
     if save_model is not None:
         config.shortv_layers = ranking.layers(n)  # the rest, dtype above all, stays the checkpoint's
         _write_repo(model, config, save_model, overwrite)
@@ -406,7 +424,7 @@ def _print_ranking(ranking, scores: dict[str, list[float]], n: int | None):
     Console().print(table)
 
 
-def _print_budgets(model: str, ranking, config, curve: list[float], output: Path):
+def _print_budgets(ranking, config, curve: list[float]):
     """What freezing the first N layers of a ranking costs and saves, and the N that usual budgets give."""
     from .flops import flops_ratio
 
@@ -426,10 +444,6 @@ def _print_budgets(model: str, ranking, config, curve: list[float], output: Path
             chosen[f"--flops-ratio {budget:g}"] = next(n for n, share in enumerate(shares) if share <= budget)
     for budget, number in chosen.items():
         print(f"{budget}: N = {number} ({shares[number]:.1%} of FLOPs, KL {curve[number]:.3g})")
-    build = f"build-repo {model} --ranking {output / 'ranking.json'} --num-layers N --output REPO"
-    if config.base_model_name_or_path is None:  # there is nothing to reference
-        build = f"lc {model} --num-layers N --save-model REPO, with the same data"
-    print(f"to freeze N layers: shortv {build}")
 
 
 def _write_repo(model: str, config, output: Path, overwrite: bool):

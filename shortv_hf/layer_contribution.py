@@ -126,7 +126,7 @@ def rank_layers(
     """Rank the decoder layers by how little they contribute to `tokens`, the most ineffective first.
 
     Args:
-        model: a ShortV model; what it freezes at the moment does not count.
+        model: a ShortV model, or a stock one after `apply_shortv(model, [])`; what it freezes at the moment does not count.
         samples: model inputs as a processor returns them (`input_ids` `[B, S]`, `pixel_values`, ...), text rows without
             images allowed (they count as 0 in "lc" and not at all in "cosine"), padding on either side. Every row of a
             batch is a sample. Not needed for "random".
@@ -569,15 +569,16 @@ def _layers(model: PreTrainedModel) -> nn.ModuleList:
 def _check_model(model: PreTrainedModel):
     if not hasattr(model, "set_shortv_layers") or not hasattr(model, "lm_head"):
         raise ValueError(
-            f"{type(model).__name__} cannot freeze visual tokens; load the checkpoint with "
-            "ShortVLlavaForConditionalGeneration or ShortVLlavaNextForConditionalGeneration"
+            f"{type(model).__name__} cannot freeze visual tokens; call shortv_hf.apply_shortv(model, []) first, or load the "
+            "checkpoint with its family's ShortV class"
         )
 
 
 def _describe_model(model: PreTrainedModel) -> dict:
     config = model.config
-    own = config.base_model_name_or_path is None
-    name = model.name_or_path if own else config.base_model_name_or_path
+    base = getattr(config, "base_model_name_or_path", None)  # stock configs have no such field
+    own = base is None
+    name = model.name_or_path if own else base
     return {
         "name": Path(name).resolve().name if name and Path(name).is_dir() else name,  # no paths of this machine
         "revision": getattr(config, "_commit_hash", None) if own else config.base_model_revision,

@@ -32,6 +32,16 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+VISUAL_PARTS = ("image", "video", "vision", "vision_start", "vision_end", "boi", "eoi")
+TOKEN_TYPES = {"mm_token_type_ids", "token_type_ids"}  # inputs that say of each token whether it is text, which is 0
+
+
+def visual_ids(config) -> list[int]:
+    """The ids that a config names for pictures and videos: placeholders, and what stands around them."""
+    names = [f"{part}_token_{kind}" for part in VISUAL_PARTS for kind in ("id", "index")]
+    return sorted({value for name in names if isinstance(value := getattr(config, name, None), int)})
+
+
 def check_decoding(model, inputs: dict, steps: int = 8) -> str:
     """Greedy tokens on a cache, and the same sequence without one: the logits must be equal up to rounding, and every
     layer of the cache must have seen the sequence.
@@ -46,7 +56,7 @@ def check_decoding(model, inputs: dict, steps: int = 8) -> str:
     from transformers import Cache
 
     options = {"use_cache": True, "max_new_tokens": steps, "min_new_tokens": steps, "do_sample": False, "num_beams": 1}
-    options["suppress_tokens"] = [model.config.image_token_id]  # which no model takes back
+    options["suppress_tokens"] = visual_ids(model.config)  # which no model takes back
     with torch.inference_mode():
         output = model.generate(**inputs, **options, return_dict_in_generate=True, output_logits=True)
         ids, cache = output.sequences, next((value for value in output.values() if isinstance(value, Cache)), None)
@@ -57,6 +67,8 @@ def check_decoding(model, inputs: dict, steps: int = 8) -> str:
             found = f"layer {wrong[0]} has seen {seen[wrong[0]]} of {ids.shape[1] - 1} tokens"
             raise ValueError(f"the cache lacks tokens in {len(wrong)} of {n_layers} layers: {found}")
         whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for name in TOKEN_TYPES & whole.keys():  # what was generated is text
+            whole[name] = torch.nn.functional.pad(whole[name], (0, steps))
         logits = model(**whole, use_cache=False, logits_to_keep=steps + 1).logits[:, :-1].float()
     cached = torch.stack(output.logits, dim=1).float().to(logits.device)
     if not logits.isfinite().all():

@@ -8,16 +8,27 @@ from helpers import IMAGE_SIZE, IMAGE_TOKEN, PATCH, VOCABULARY
 # In the manner of LLaVA-1.5: the generation prompt ends with ":", and an answer follows it after a space.
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | upper }}: "
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}PICTURE\n{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
 
 
-def write_processor(folder, family="llava", tokenizer="words"):
+# Tokens about pictures and what stands around them, and the names under which processors ask the tokenizer for them
+VISUAL_TOKENS = {
+    "image_token": "<image>",
+    "context_image_token": "<image>",
+    "video_token": "<video>",
+    **dict.fromkeys(["boi_token", "start_image_token", "vision_start_token"], "<start>"),
+    **dict.fromkeys(["eoi_token", "end_image_token", "vision_end_token"], "<end>"),
+}
+
+
+def write_processor(folder, family="llava", tokenizer="words", ids=None):
     """Write the processor files of a vocabulary of 99 tokens into `folder`, of one of the [`PROCESSORS`]: of words, or of characters and a few pairs,
     "prepend" in the manner of Llama (a text begins with a space that is not there, and the files name a class that
-    upstream ignores for LLaVA), "bytes" in that of GPT-2 and Qwen."""
+    upstream ignores for LLaVA), "bytes" in that of GPT-2 and Qwen. `ids`, with "words" only, says where all of the
+    [`VISUAL_TOKENS`] are, for the tiny models of `families.py`; without it there is <image> alone, as the last token."""
     folder.mkdir(parents=True, exist_ok=True)
     words = [
         "<pad>",
@@ -36,10 +47,10 @@ def write_processor(folder, family="llava", tokenizer="words"):
         "circle",
     ]
     vocabulary = {word: i for i, word in enumerate(words)}
-    vocabulary |= {f"w{i}": i for i in range(len(words), IMAGE_TOKEN)}
-    vocabulary["<image>"] = IMAGE_TOKEN
+    visual = ids or {"<image>": IMAGE_TOKEN}
+    vocabulary |= {f"w{i}": i for i in range(len(words), VOCABULARY) if i not in visual.values()} | visual
     assert len(vocabulary) == VOCABULARY
-    special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, "<image>": IMAGE_TOKEN}
+    special = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **visual}
     added = [
         {"id": i, "content": token, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
         | {"special": True}
@@ -69,6 +80,7 @@ def write_processor(folder, family="llava", tokenizer="words"):
             "added_tokens_decoder": {
                 str(token["id"]): {k: v for k, v in token.items() if k != "id"} for token in added
             },
+            **({"extra_special_tokens": VISUAL_TOKENS} if ids else {}),
         },
         "special_tokens_map.json": {
             "bos_token": "<s>",
@@ -84,22 +96,14 @@ def write_processor(folder, family="llava", tokenizer="words"):
             "image_mean": [0.5, 0.5, 0.5],
             "image_std": [0.5, 0.5, 0.5],
         }
-        | ({"image_grid_pinpoints": [[16, 32], [32, 16], [32, 32]]} if family == "llava_next" else {}),
-        "processor_config.json": {"processor_class": PROCESSORS[family]}
-        | (
-            {
-                "image_token": "<image>",
-                "patch_size": PATCH,
-                "num_additional_image_tokens": 1,
-                "vision_feature_select_strategy": "default",
-            }
-            if family in ("llava", "llava_next")
-            else {}
-        ),
+        | IMAGE_OPTIONS.get(family, {})
+        | ({"image_grid_pinpoints": TILES if ids else TILES_OF_HELPERS} if family in TILED else {}),
+        "processor_config.json": {"processor_class": PROCESSORS[family]} | PROCESSOR_OPTIONS.get(family, {}),
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    picture = PICTURES.get(family, "<image>") if ids else "<image>"
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("PICTURE", picture))
     return folder
 
 
@@ -151,6 +155,7 @@ PROCESSORS = {
     "qwen3_vl": "Qwen3VLProcessor",
     "internvl": "InternVLProcessor",
     "gemma3": "Gemma3Processor",
+    "mistral3": "PixtralProcessor",
 }
 IMAGE_PROCESSORS = {
     "llava": "CLIPImageProcessor",
@@ -161,4 +166,48 @@ IMAGE_PROCESSORS = {
     "qwen3_vl": "Qwen2VLImageProcessor",
     "internvl": "GotOcr2ImageProcessor",
     "gemma3": "Gemma3ImageProcessor",
+    "mistral3": "PixtralImageProcessor",
+}
+# What a processor reads beside the tokenizer, for the towers of `helpers.py` and `families.py`
+PATCHES = {
+    "image_token": "<image>",
+    "patch_size": PATCH,
+    "num_additional_image_tokens": 1,
+    "vision_feature_select_strategy": "default",
+}
+SIDE = {"size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE}}
+QWEN_PATCHES = {
+    "patch_size": PATCH,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "size": {"shortest_edge": 64, "longest_edge": 512},
+}
+TILED = ("llava_next", "llava_onevision")
+TILES, TILES_OF_HELPERS = [[16, 16], [16, 32], [32, 16]], [[16, 32], [32, 16], [32, 32]]
+IMAGE_OPTIONS = {
+    "llava_onevision": SIDE,
+    "qwen2_vl": QWEN_PATCHES,
+    "qwen2_5_vl": QWEN_PATCHES,
+    "qwen3_vl": QWEN_PATCHES,
+    "internvl": {**SIDE, "min_patches": 1, "max_patches": 2},
+    "gemma3": SIDE,
+    "mistral3": {"patch_size": PATCH, "size": {"longest_edge": 16}},
+}
+PROCESSOR_OPTIONS = {
+    "llava": PATCHES,
+    "llava_next": PATCHES,
+    "llava_onevision": {"num_image_tokens": 16, "vision_feature_select_strategy": "full"},
+    "internvl": {"image_seq_length": 4},
+    "gemma3": {"image_seq_length": 16},
+    "mistral3": {
+        "patch_size": PATCH,
+        "spatial_merge_size": 2,
+        "image_token": "<image>",
+        "image_break_token": "<start>",
+        "image_end_token": "<end>",
+    },
+}
+PICTURES = {  # in a prompt, before the processor puts a token for each feature there
+    **dict.fromkeys(["qwen2_vl", "qwen2_5_vl", "qwen3_vl"], "<start><image><end>"),
+    "gemma3": "<start>",
 }

@@ -165,18 +165,17 @@ def test_trial_finds_other_tokens(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "problem"),
-    [
-        ("update_cache(cache, key, value, self.layer_idx, kwargs)", "(key, value)", "has seen 0 tokens after a pass"),
-        ("key, value = update_cache(", "update_cache(cache, key, value * 0, self.layer_idx, kwargs); cache_ = (", "other logits"),
-    ],
+    ("stored", "problem"),
+    [("", "has seen 0 tokens after a pass"), ("update_cache(cache, key, value * 0, *more)", "other logits")],
     ids=["stores nothing", "stores something else"],
-)  # fmt: skip
-def test_trial_finds_wrong_decoding(tmp_path, old, new, problem):
+)
+def test_trial_finds_wrong_decoding(tmp_path, stored, problem):
     def damage(repo):
         code = (repo / "decoder_layer.py").read_text()
+        old, new = "key, value = update_cache(", "key, value = own_rows("
         assert old in code
-        (repo / "decoder_layer.py").write_text(code.replace(old, new))
+        own_rows = f"def own_rows(cache, key, value, *more):\n    {stored}\n    return key, value\n"
+        (repo / "decoder_layer.py").write_text(f"{code.replace(old, new)}\n\n{own_rows}")
 
     last = trial_of(tmp_path, damage)[-1]
     assert last.name == "image prompt" and problem in last.problem

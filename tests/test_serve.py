@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.request import urlopen
 
@@ -50,6 +51,13 @@ def repo(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(repo):
+    with serving(repo) as client:
+        yield client
+
+
+@contextmanager
+def serving(repo):
+    """A client of `shortv serve REPO`, which runs inside."""
     if ON_4:
         pytest.skip("serving needs Transformers 5")
     with socket.socket() as free:
