@@ -281,7 +281,14 @@ class ShortVModelMixin(ShortVSettingsMixin):
         parameters = inspect.signature(super().forward).parameters.values()
         self._positional = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
 
-    def forward(self, *args: Any, visual_mask: Tensor | None = None, skip_padding: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        visual_mask: Tensor | None = None,
+        skip_padding: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """As the parent's, plus:
 
         visual_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*):
@@ -298,8 +305,8 @@ class ShortVModelMixin(ShortVSettingsMixin):
         """
         layers, visual_reduction = self.settings
         if not layers and visual_reduction is None:
-            return super().forward(*args, **kwargs)
-        kwargs = {**dict(zip(self._positional, args, strict=False)), **kwargs}
+            return super().forward(input_ids, *args, **kwargs)
+        kwargs = {**dict(zip(self._positional, (input_ids, *args), strict=False)), **kwargs}
         plan = self._plan(layers, visual_mask, skip_padding, kwargs)
         if plan is None or plan.reduction is None:
             return super().forward(**kwargs, **({} if plan is None else {"plan": plan}))
