@@ -59,7 +59,7 @@ def test_a_family_is_seven_lines():
     """Three classes that say what they are, and nothing about how."""
     for model in MODELS:
         for cls in (model, model.base_class, model.config_class):
-            own = {name for name in vars(cls) if not name.startswith("__")}
+            own = {name for name in vars(cls) if not name.startswith("_")}  # upstream caches answers on classes
             assert own <= {
                 "config_class", "base_class", "model_type", "base_model_type", "tokenizer_is_the_file",
                 "get_image_features", "get_video_features", "attribute_map", "sub_configs", "keys_to_ignore_at_inference",
