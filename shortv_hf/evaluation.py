@@ -29,10 +29,9 @@ def encode_batches(processor: ProcessorMixin, cases: Sequence[Case], batch_size:
             )
             for case in chunk
         ]
-        images = [to_rgb(image) for case in chunk for image in case.images]
-        yield dict(
-            processor(images=images or None, text=prompts, return_tensors="pt", padding=True, padding_side="left")
-        )
+        images = [[to_rgb(image) for image in case.images] for case in chunk]
+        options = {"images": images} if any(images) else {}
+        yield dict(processor(text=prompts, **options, return_tensors="pt", padding=True, padding_side="left"))
 
 
 @torch.inference_mode()

@@ -15,7 +15,8 @@ def user_message(prompt: str, images: Sequence, processor: ProcessorMixin) -> di
         ValueError: the prompt is not valid UTF-8.
     """
     check_utf8(prompt)
-    for token in (processor.image_token, *processor.tokenizer.all_special_tokens):
+    placeholders = [getattr(processor, f"{kind}_token", None) or "" for kind in ("image", "video")]
+    for token in (*placeholders, *processor.tokenizer.all_special_tokens):
         if len(token) > 1:
             prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
     return {"role": "user", "content": [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]}

@@ -69,7 +69,8 @@ def check_decoding(model, inputs: dict, steps: int = 8) -> str:
         whole = {**inputs, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
         for name in TOKEN_TYPES & whole.keys():  # what was generated is text
             whole[name] = torch.nn.functional.pad(whole[name], (0, steps))
-        logits = model(**whole, use_cache=False, logits_to_keep=steps + 1).logits[:, :-1].float()
+        logits = model(**whole, use_cache=False, logits_to_keep=steps + 1).logits
+        logits = logits[:, -steps - 1 : -1].float()  # Qwen2-VL of 4.57 keeps all
     cached = torch.stack(output.logits, dim=1).float().to(logits.device)
     if not logits.isfinite().all():
         raise ValueError("the logits are not finite")

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .layer_contribution import KL_DIRECTIONS, divergence, last_logits, progress, to_device
+from .reduction import ModelSizes
 
 
 FIRST_LAYER = 5  # the released code looks at no earlier one
@@ -20,7 +21,8 @@ FIRST_LAYER = 5  # the released code looks at no earlier one
 def withdrawal_divergences(
     model: PreTrainedModel, samples: Iterable[dict], layers: Iterable[int] | None = None, kl: str = "reverse"
 ) -> dict[int, float]:
-    """Mean divergence in nats for every K of `layers` (default: from 5, or 1 in smaller models, to the last).
+    """Mean divergence in nats for every K of `layers` (default: from 5, or 1 in smaller models, to the last;
+    never one that Qwen3-VL adds image features before).
 
     Args:
         samples: model inputs as a processor returns them; every row counts as one.
@@ -32,7 +34,10 @@ def withdrawal_divergences(
     if kl not in KL_DIRECTIONS:
         raise ValueError(f"kl is {kl!r}; valid are {', '.join(KL_DIRECTIONS)}")
     n_layers = model.config.get_text_config().num_hidden_layers
-    layers = list(layers if layers is not None else range(FIRST_LAYER if n_layers > FIRST_LAYER else 1, n_layers))
+    if layers is None:
+        first = FIRST_LAYER if n_layers > FIRST_LAYER else 1
+        layers = range(max(first, ModelSizes.of(model.config).deepstack), n_layers)
+    layers = list(layers)
     totals, count = dict.fromkeys(layers, 0.0), 0
     for sample in progress(samples, "withdrawing visual tokens"):
         sample = to_device(model, sample)

@@ -1,6 +1,5 @@
 """Every command with every family, on tiny random models with processors of their own; none of them names a family."""
 
-import functools
 import json
 import sys
 
@@ -12,7 +11,7 @@ from processor_files import write_processor
 from test_family_loading import write_checkpoint
 from transformers import AutoModelForImageTextToText
 
-from shortv_hf import benchmark_models, calibration_data, chat
+from shortv_hf import benchmark_models, calibration_data, chat, evaluation
 from shortv_hf.check_repo import check_files, check_repo
 from shortv_hf.flops import prefill_flops
 from shortv_hf.layer_contribution import LayerRanking, last_logits, rank_layers
@@ -28,7 +27,6 @@ WITHOUT_TORCHVISION = ("llava", "llava_next", "gemma3")
 LAYERS = [2, 1]
 
 
-@functools.cache
 def checkpoint(folder, family):
     """An original checkpoint with a processor, which does not answer with special tokens."""
     if family not in WITHOUT_TORCHVISION or V4:
@@ -115,8 +113,28 @@ def test_chat(base, picture):
     assert found["shortv"]["prefill_flops"] < found["dense"]["prefill_flops"]
 
 
+def test_special_tokens_in_a_prompt_are_text(loaded):
+    answer = chat.Conversation(*loaded, 2).ask("what is <image> <video> <start> <end> ?")
+    assert answer.visual_tokens == 0 and answer.prompt_tokens < 30
+
+
+def test_evaluation(loaded, picture):
+    """Batches of prompts with different numbers of pictures give the answers of single ones."""
+    cases = [
+        calibration_data.Case((Image.open(picture),), "what is this ?"),
+        calibration_data.Case((), "is this a red circle ?"),
+    ]
+    single = [evaluation.answer(*loaded, [case], max_new_tokens=4) for case in cases]
+    assert evaluation.answer(*loaded, cases, max_new_tokens=4) == sum(single, [])
+    assert evaluation.answer(*loaded, cases[::-1], max_new_tokens=4) == sum(single[::-1], [])
+
+
+def test_vtw_k(base):
+    printed = shortv("vtw-k", base, "--data", "shapes", "--samples", 1, "--max-kl", 1e9, "--device", "cpu")
+    assert "--reduction vtw:k=" in printed
+
+
 def test_decoding_is_checked(loaded, picture):
-    """And damage is found."""
     model, processor = loaded
     for case in (
         calibration_data.Case((), "what is this ?"),
@@ -180,14 +198,14 @@ def test_check_repo(repo):
 TRIED = ("shortv_qwen2_5_vl", "shortv_gemma3")  # in processes of their own, which take long
 
 
-def test_serve(repo, pictures):
+def test_serve(tmp_path, pictures):
     """A family whose processor writes more than pixels; `test_serve.py` has the rest."""
     test_serve = pytest.importorskip("test_serve")  # needs the `serve` extra
-    if json.loads((repo / "config.json").read_text())["model_type"] != "shortv_gemma3":
-        pytest.skip("one family is enough for a server")
-    with test_serve.serving(repo) as client:
-        answers = [test_serve.ask(client, repo, picture).choices[0].message.content for picture in pictures[:2]]
-    assert answers == test_serve.expected(repo, pictures[:2])
+    base = checkpoint(tmp_path / "base", "gemma3")
+    shortv("build-repo", base, "--layers", "2,1", "--output", tmp_path / "repo")
+    with test_serve.serving(tmp_path / "repo") as client:
+        answers = [test_serve.ask(client, tmp_path / "repo", each).choices[0].message.content for each in pictures[:2]]
+    assert answers == test_serve.expected(tmp_path / "repo", pictures[:2])
 
 
 def test_bench(repo, tmp_path, monkeypatch):
