@@ -69,10 +69,14 @@ def row(family: str) -> dict[str, str]:
             given, visual = inputs(family, kind), visual_mask(inputs(family, kind))
             dense = logits(stock, given), answers(stock, given)
             with model.using(shortv_layers=[]):
-                identical &= torch.equal(logits(model, given), dense[0]) and torch.equal(answers(model, given), dense[1])
+                identical &= torch.equal(logits(model, given), dense[0]) and torch.equal(
+                    answers(model, given), dense[1]
+                )
             with discard_updates(stock, LAYERS, visual):
                 expected = logits(stock, given), answers(stock, given)
-            for name, here, there in zip(("prefill", "decode"), (logits(model, given), answers(model, given)), expected):
+            for name, here, there in zip(
+                ("prefill", "decode"), (logits(model, given), answers(model, given)), expected
+            ):
                 found[f"{name}, {attn}"] = max(found.get(f"{name}, {attn}", 0.0), worst(here, there))
             effect = max(effect, worst(dense[0], expected[0]))
         if "padded, solo" not in found:
@@ -118,7 +122,10 @@ def main():
     columns = list(dict.fromkeys(column for cells in rows.values() for column in cells))
     lines = [f"## Transformers {transformers.__version__}", "", "| family | " + " | ".join(columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
-    lines += [f"| {name} | " + " | ".join(cells.get(column, "–") for column in columns) + " |" for name, cells in rows.items()]
+    lines += [
+        f"| {name} | " + " | ".join(cells.get(column, "–") for column in columns) + " |"
+        for name, cells in rows.items()
+    ]
     table = "\n".join(lines) + "\n"
     print(table)
     if arguments.output:
