@@ -75,7 +75,7 @@ def row(family: str) -> dict[str, str]:
             with discard_updates(stock, LAYERS, visual):
                 expected = logits(stock, given), answers(stock, given)
             for name, here, there in zip(
-                ("prefill", "decode"), (logits(model, given), answers(model, given)), expected
+                ("prefill", "decode"), (logits(model, given), answers(model, given)), expected, strict=True
             ):
                 found[f"{name}, {attn}"] = max(found.get(f"{name}, {attn}", 0.0), worst(here, there))
             effect = max(effect, worst(dense[0], expected[0]))
