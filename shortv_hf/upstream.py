@@ -102,7 +102,7 @@ if TYPE_CHECKING:
         attn_logit_softcapping: float | None  # Gemma
         is_sliding: bool  # Gemma 3
         sliding_window: int | None  # Qwen2, Gemma 3
-        rope_scaling: dict[str, Any]  # Qwen2-VL, Qwen2.5-VL
+        rope_scaling: dict[str, Any] | None  # Qwen2-VL, Qwen2.5-VL
         o_proj: nn.Module
 
     class DecoderLayer(nn.Module):
@@ -192,8 +192,9 @@ def rotate(attention: Attention, states: Tensor, tables: tuple[Tensor, Tensor]) 
     """Rotary embedding of `states` `[B, heads, n, d]` with cos and sin `[B or 1, n, d]`, by the family's own function. It
     takes queries and keys of one length: the other ones are empty here."""
     family = family_of(attention)
-    if tables[0].ndim == 4:  # `[3, B, n, d]`, Qwen2-VL and Qwen2.5-VL on 4.x
-        sections = attention.rope_scaling["mrope_section"]
+    if tables[0].ndim == 4:  # `[3, B, n, d]`, Qwen2-VL and Qwen2.5-VL on 4.x and the first of 5.x
+        settings = getattr(attention, "rope_scaling", None) or attention.config.rope_parameters
+        sections = settings["mrope_section"]
         return family.apply_multimodal_rotary_pos_emb(states, states[:, :0], *tables, sections)[0]
     return family.apply_rotary_pos_emb(states, states[:, :0], *tables)[0]
 
