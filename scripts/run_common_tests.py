@@ -66,7 +66,7 @@ def outcomes(report: Path) -> dict[str, dict[str, str]]:
     for case in ElementTree.parse(report).iter("testcase"):
         kinds = {child.tag for child in case}
         outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        found.setdefault(case.get("classname").split(".")[-1], {})[case.get("name")] = outcome
+        found.setdefault((case.get("classname") or "").split(".")[-1], {})[case.get("name")] = outcome
     return found
 
 

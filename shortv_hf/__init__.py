@@ -42,5 +42,5 @@ def _register():
 
 _register()
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = ["AutoModelForVision2Seq", *configuration_shortv.__all__, *modeling_shortv.__all__]

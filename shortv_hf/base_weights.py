@@ -6,11 +6,13 @@ the base lacks, has too much or in another shape is an error: a partly random mo
 
 import copy
 import json
+import os
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from .configuration_shortv import SHORTV_FIELDS, local_path_or_id
+from .configuration_shortv import SHORTV_FIELDS, ShortVConfigMixin, local_path_or_id
 from .upstream import has_inner_vision_model
 
 
@@ -82,7 +84,21 @@ ARCHITECTURE = {
 }
 
 
-class BaseWeightsMixin:
+if TYPE_CHECKING:
+
+    class _Model(PreTrainedModel):
+        """What the mixin is put before."""
+
+        config: Any  # a ShortV config and the family's, which is not the same class in each
+        config_class: type[ShortVConfigMixin]
+
+else:
+    _Model = object
+
+Loaded = TypeVar("Loaded", bound="BaseWeightsMixin")
+
+
+class BaseWeightsMixin(_Model):
     """Modifications: `from_pretrained` reads weights from the base checkpoint; `save_pretrained` writes all of them."""
 
     _auto_class = "AutoModelForImageTextToText"  # makes `save_pretrained` copy the code files beside the weights
@@ -90,7 +106,13 @@ class BaseWeightsMixin:
     _keys_to_ignore_on_load_unexpected = [r"(^|\.)position_ids$", r"^lm_head\.weight$"]
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, config=None, **kwargs):
+    def from_pretrained(
+        cls: type[Loaded],
+        pretrained_model_name_or_path: str | os.PathLike | None,
+        *model_args: Any,
+        config: PretrainedConfig | str | os.PathLike | None = None,
+        **kwargs: Any,
+    ) -> Loaded:
         """Load a ShortV repo that references its weights, one that holds them, or an original checkpoint.
 
         Takes what `PreTrainedModel.from_pretrained` takes. `shortv_layers=[...]` and the other ShortV fields override
@@ -99,6 +121,9 @@ class BaseWeightsMixin:
         `config.base_model_revision`. `trust_remote_code` is never passed on to the base, of which only safetensors
         are read. `key_mapping` goes before the renames of the known layouts (on Transformers 4.x the first rename that
         matches is the only one). A `generation_config.json` of the ShortV repo wins over the base's.
+
+        Returns:
+            The model; with `output_loading_info=True`, a pair of the model and the info, as upstream's.
 
         Raises:
             ValueError: bad ShortV fields, a base of another architecture, `use_safetensors=False`, a damaged weight
@@ -111,7 +136,7 @@ class BaseWeightsMixin:
         config_file = None
         if path is not None:
             config_file = cached_file(path, "config.json", _raise_exceptions_for_missing_entries=False, **hub_kwargs)
-        if config_file is None:
+        if path is None or config_file is None:
             return cls._load_without_config(path, model_args, config, hub_kwargs, kwargs)
         if kwargs.pop("use_safetensors", None) is False:
             raise ValueError("use_safetensors=False: ShortV models read weights from safetensors files only")
@@ -131,7 +156,7 @@ class BaseWeightsMixin:
         adapter_kwargs = dict(kwargs.pop("adapter_kwargs", None) or {})
         adapter, adapter_name = adapter_kwargs.pop("_adapter_model_path", None), kwargs.pop("adapter_name", "default")
         try:
-            model, info = super().from_pretrained(
+            loaded: Any = super().from_pretrained(  # a pair, which upstream does not declare
                 location,
                 *model_args,
                 config=config,
@@ -147,6 +172,7 @@ class BaseWeightsMixin:
             raise ValueError(
                 f"a weight file of {location} is damaged or cut short ({error}); force_download=True fetches it again"
             ) from error
+        model, info = loaded
         if not wants_info:
             _require_complete(info, location)
         if adapter is not None:
@@ -166,10 +192,17 @@ class BaseWeightsMixin:
             )
             if own_file is not None and model.can_generate() and kwargs.get("generation_config") is None:
                 model.generation_config = GenerationConfig.from_pretrained(path, **hub_kwargs)
-        return (model, info) if wants_info else model
+        return loaded if wants_info else model
 
     @classmethod
-    def _load_without_config(cls, path, model_args, config, hub_kwargs, kwargs):
+    def _load_without_config(
+        cls,
+        path: str | os.PathLike | None,
+        model_args: tuple,
+        config: Any,
+        hub_kwargs: dict[str, Any],
+        kwargs: dict[str, Any],
+    ) -> Any:
         """A state dict, an adapter, or a path that holds nothing to load."""
         find = {"_raise_exceptions_for_missing_entries": False, **hub_kwargs}
         adapter_file = None if path is None else cached_file(path, "adapter_config.json", **find)
@@ -185,15 +218,16 @@ class BaseWeightsMixin:
             return super().from_pretrained(path, *model_args, config=config, **hub_kwargs, **kwargs)
         wants_info = kwargs.pop("output_loading_info", False)
         key_mapping = cls._key_mapping(config, kwargs.pop("key_mapping", None))
-        model, info = super().from_pretrained(
+        loaded: Any = super().from_pretrained(  # a pair, as above
             None, *model_args, config=config, key_mapping=key_mapping, output_loading_info=True, **kwargs
         )
+        model, info = loaded
         if not wants_info:
             _require_complete(info, "the state dict")
-        return (model, info) if wants_info else model
+        return loaded if wants_info else model
 
     @classmethod
-    def _key_mapping(cls, config, key_mapping: dict[str, str] | None) -> dict[str, str]:
+    def _key_mapping(cls, config: Any, key_mapping: dict[str, str] | None) -> dict[str, str]:
         """Renames from the known layouts to the module names, behind those of the caller."""
         known = dict(KEY_MAPPING)
         vision_type = config.vision_config.model_type
@@ -211,7 +245,9 @@ class BaseWeightsMixin:
         return key_mapping | {old: new for old, new in known.items() if old not in key_mapping}
 
     @classmethod
-    def _prepare_config(cls, path, config, hub_kwargs, kwargs):
+    def _prepare_config(
+        cls, path: str | os.PathLike, config: Any, hub_kwargs: dict[str, Any], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
         """The config to build the model with (a copy), and the keyword arguments that are not for it."""
         if not isinstance(config, PretrainedConfig):
             loader_kwargs = {name: kwargs.pop(name) for name in LOADER_KWARGS if name in kwargs}
@@ -233,7 +269,9 @@ class BaseWeightsMixin:
         return config, kwargs
 
     @classmethod
-    def _locate_weights(cls, path, config, config_file, hub_kwargs):
+    def _locate_weights(
+        cls, path: str | os.PathLike, config: Any, config_file: str, hub_kwargs: dict[str, Any]
+    ) -> tuple[str | os.PathLike, dict[str, Any]]:
         """Where the weights are, and the arguments to find them there; brings the config's reference up to date."""
         with open(config_file, encoding="utf-8") as file:
             own = json.load(file)
@@ -269,7 +307,7 @@ class BaseWeightsMixin:
                     )
         return base, base_kwargs
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """Write a self-contained repo: weights, config without a base reference, generation config and code files."""
         config = self.config
         reference = config.base_model_name_or_path, config.base_model_revision
@@ -284,14 +322,14 @@ class BaseWeightsMixin:
             config.base_model_name_or_path, config.base_model_revision = reference
 
 
-def _field(config: PretrainedConfig, part: str, name: str):
+def _field(config: PretrainedConfig, part: str, name: str) -> Any:
     """A field of the text or vision config; `None` for a family that does not have it."""
     part_config = config.get_text_config() if part == "text_config" else config.vision_config
     value = getattr(part_config, name, None)
     return list(value) if isinstance(value, tuple) else value  # files have no tuples
 
 
-def _require_complete(info: dict, location: str):
+def _require_complete(info: dict, location: str | os.PathLike) -> None:
     """Raise `ValueError` unless every weight of the model was read from the checkpoint and none was left over."""
     problems = []
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):

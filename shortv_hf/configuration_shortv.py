@@ -17,7 +17,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from numbers import Integral
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import (
     Gemma3Config,
@@ -58,7 +58,7 @@ def validate_shortv_layers(shortv_layers: Iterable[int], num_hidden_layers: int)
     valid = f"valid layer ids are the integers 0 to {num_hidden_layers - 1}"
     if isinstance(shortv_layers, (str, bytes)) or not isinstance(shortv_layers, Iterable):
         raise ValueError(f"shortv_layers must be a list of layer ids, got {shortv_layers!r}; {valid}")
-    layers = []
+    layers: list[int] = []
     for layer in shortv_layers:
         if isinstance(layer, bool) or not isinstance(layer, Integral):
             raise ValueError(f"shortv_layers holds {layer!r}, which is not an integer; {valid}")
@@ -87,7 +87,7 @@ def local_path_or_id(name: str | os.PathLike) -> str:
     return os.path.abspath(name) if os.path.isdir(name) else str(name)
 
 
-def validate_settings(config: PretrainedConfig):
+def validate_settings(config: PretrainedConfig) -> None:
     """Check the ShortV fields of a config against its text model; the layers become a list of ints.
 
     Raises:
@@ -103,7 +103,7 @@ def with_both_rope_layouts(text_config: dict[str, Any]) -> dict[str, Any]:
     `rope_scaling`, and each silently takes its default for what it does not find. M-RoPE's sections are part of the
     scaling on 4.x. Where 5.x keeps parameters per kind of layer, as of Gemma 3, 4.x has a field for the sliding ones."""
     rope = text_config.get("rope_parameters") or {}
-    fields = {}
+    fields: dict[str, Any] = {}
     if "full_attention" in rope:
         local = rope.get("sliding_attention") or {}
         if "rope_theta" in local:
@@ -117,13 +117,19 @@ def with_both_rope_layouts(text_config: dict[str, Any]) -> dict[str, Any]:
     return {**text_config, **fields}
 
 
-class ShortVConfigMixin:
+if TYPE_CHECKING:  # what the mixin is put before
+    _Config = PretrainedConfig
+else:
+    _Config = object
+
+
+class ShortVConfigMixin(_Config):
     """What the ShortV configs add to their Hugging Face parents: validation, and how they are read and written."""
 
     base_model_type: str  # the model type of the original checkpoints, the parent's
     tokenizer_is_the_file = False  # whether upstream reads `tokenizer.json` as it is, whatever class is declared
 
-    def __init_subclass__(cls, **kwargs: Any):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         if "__init__" not in vars(cls):  # 5.x would write one from the parent's fields
             cls.__init__ = ShortVConfigMixin.__init__  # type: ignore[method-assign]
         super().__init_subclass__(**kwargs)
@@ -138,7 +144,7 @@ class ShortVConfigMixin:
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
         **kwargs: Any,
-    ):
+    ) -> None:
         if isinstance(kwargs.get("text_config"), dict):
             kwargs["text_config"] = with_both_rope_layouts(kwargs["text_config"])
         else:  # the text model's fields can stand beside the others, as in Qwen2-VL's original configs
@@ -154,12 +160,14 @@ class ShortVConfigMixin:
         self.base_model_revision = base_model_revision
         self.validate_shortv()
 
-    def validate_shortv(self):
+    def validate_shortv(self) -> None:
         """Check the ShortV fields against the text model. Raises `ValueError` that names the bad value."""
         validate_settings(self)
 
     @classmethod
-    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Read a `config.json`. That of an original checkpoint becomes a ShortV config which references it."""
         hub_kwargs = {k: kwargs[k] for k in ("cache_dir", "token", "local_files_only", "revision") if k in kwargs}
         subfolder = kwargs.get("subfolder", "")
@@ -188,18 +196,18 @@ class ShortVConfigMixin:
         return config_dict, kwargs
 
     @classmethod
-    def from_dict(cls, config_dict, **kwargs):
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As the parent's; fields that `kwargs` override are validated too."""
         result = super().from_dict(config_dict, **kwargs)
         (result[0] if isinstance(result, tuple) else result).validate_shortv()
         return result
 
-    def save_pretrained(self, *args, **kwargs):
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As the parent's. Raises `ValueError` rather than write bad fields."""
         self.validate_shortv()
         super().save_pretrained(*args, **kwargs)
 
-    def to_json_file(self, json_file_path, *args, **kwargs):
+    def to_json_file(self, json_file_path: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
         """As the parent's; without the `auto_map` where the code that it names is not beside the file."""
         super().to_json_file(json_file_path, *args, **kwargs)
         if not os.path.isfile(os.path.join(os.path.dirname(json_file_path), "modeling_shortv.py")):
@@ -209,7 +217,7 @@ class ShortVConfigMixin:
             with open(json_file_path, "w", encoding="utf-8") as file:
                 file.write(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
-    def to_dict(self):
+    def to_dict(self) -> dict[str, Any]:
         """The parent's dict, with the `auto_map` by which the Auto classes of both Transformers lines find the code."""
         output = super().to_dict()
         output["architectures"] = self.architectures  # on 4.x, Qwen2-VL's keeps it in the text config

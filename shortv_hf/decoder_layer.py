@@ -15,8 +15,8 @@ pass (`plan.py`). A layer without one (a text-only prompt, every decoding step) 
 forward and nothing else.
 """
 
-from functools import cache
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .plan import Plan, Stream
 from .rows import Rows
-from .upstream import argument, eager_attention, find_cache, own_tables, rotate, update_cache
+from .upstream import Attention, DecoderLayer, argument, eager_attention, find_cache, own_tables, rotate, update_cache
+
+
+if TYPE_CHECKING:  # what the mixins are put before
+
+    class _Layer(DecoderLayer):
+        self_attn: "ShortVAttentionMixin"
+
+    _Attention = Attention
+else:
+    _Layer = _Attention = object
 
 
 class FrozenRows:
@@ -35,7 +45,7 @@ class FrozenRows:
         self.plan, self.rows, self.states = plan, rows, states
 
 
-class ShortVDecoderLayerMixin:
+class ShortVDecoderLayerMixin(_Layer):
     """Modifications: given a plan that names this layer, visual tokens skip it."""
 
     def forward(self, hidden_states: Tensor, *args: Any, plan: Plan | None = None, **kwargs: Any) -> Any:
@@ -44,7 +54,7 @@ class ShortVDecoderLayerMixin:
             return super().forward(hidden_states, *args, **kwargs)
         hidden_states, kwargs, rows = plan.enter(self.self_attn, hidden_states, kwargs)
         looks = plan.stream is not None and plan.stream.looks_in(self.self_attn.layer_idx)
-        states = self.input_layernorm(hidden_states) if looks or rows is not None else None
+        states: Any = self.input_layernorm(hidden_states) if looks or rows is not None else None
         if rows is None:
             output = super().forward(hidden_states, *args, **kwargs)
         else:
@@ -54,12 +64,12 @@ class ShortVDecoderLayerMixin:
                 output = rows.write(hidden_states, output[0]), *output[1:]
             else:
                 output = rows.write(hidden_states, output)
-        if looks:
+        if looks and plan.stream is not None:
             self.self_attn.let_last_token_choose(plan.stream, states, kwargs)
         return output
 
 
-class ShortVAttentionMixin:
+class ShortVAttentionMixin(_Attention):
     """Modifications: given rows, only they are queries. The submodules are called as upstream calls them, so quantized
     linears, adapters, tensor-parallel shards and hooks keep working."""
 
@@ -73,16 +83,19 @@ class ShortVAttentionMixin:
         mask = frozen.mask(self, rows, kwargs, states)
         query = rotate(self, self._heads("q", hidden_states), frozen.rotary(self, rows, tables))
         key, value = rotate(self, self._heads("k", states), tables), self._heads("v", states)
-        cached = find_cache(kwargs)
-        if cached is not None:
-            key, value = update_cache(cached, key, value, self.layer_idx, kwargs)
+        cache = find_cache(kwargs)
+        if cache is not None:
+            key, value = update_cache(cache, key, value, self.layer_idx, kwargs)
 
         # SDPA with an explicit mask whatever the model's implementation: there are fewer queries than keys, and kernels
         # do not agree on how `is_causal` aligns the two. Eager is the one that returns attention weights, and knows what
         # a family does to its logits.
         eager = self.config._attn_implementation == "eager"
         attend = eager_attention(self) if eager else ALL_ATTENTION_FUNCTIONS["sdpa"]
-        options = {"scaling": self.scaling, "dropout": self.attention_dropout if self.training else 0.0}
+        options: dict[str, Any] = {
+            "scaling": self.scaling,
+            "dropout": self.attention_dropout if self.training else 0.0,
+        }
         if getattr(self, "attn_logit_softcapping", None):
             options["softcap"] = self.attn_logit_softcapping
         output, weights = attend(self, query, key, value, mask, is_causal=False, **options)
@@ -101,21 +114,24 @@ class ShortVAttentionMixin:
         return (states if norm is None else norm(states)).transpose(1, 2)
 
     @torch.no_grad()
-    def let_last_token_choose(self, stream: Stream, states: Tensor, kwargs: dict):
+    def let_last_token_choose(self, stream: Stream, states: Tensor, kwargs: dict) -> None:
         """Rank visual tokens by the last row of this attention, which has just run on the normed `states` `[B, S, h]`.
         Its keys are in the cache; without one they are computed once more, 0.1 % of a 7B prefill."""
-        tables = own_tables(self, kwargs)
-        last = tuple(stream.last.select(part) for part in tables)
+        cos, sin = tables = own_tables(self, kwargs)
+        last = stream.last.select(cos), stream.last.select(sin)
         query = rotate(self, self._heads("q", stream.last.select(states)), last)
         held = stream.held(self.layer_idx)
-        key = rotate(self, self._heads("k", states), tables) if held is None else held.keys
+        key: Any = rotate(self, self._heads("k", states), tables) if held is None else held.keys
         stream.choose(self, query, key, kwargs)
 
 
 class Grafted:
     """Modifications: an object whose class was made by [`graft`] is pickled as the stock class and the mixins."""
 
-    def __reduce_ex__(self, protocol):
+    stock_class: ClassVar[type]
+    mixins: ClassVar[tuple[type, ...]]
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
         kind = type(self)
         return _rebuild, (kind.stock_class, kind.mixins), self.__dict__
 
@@ -125,17 +141,18 @@ def _rebuild(stock_class: type, mixins: tuple[type, ...]) -> nn.Module:
     return made.__new__(made)
 
 
-@cache
-def grafted_class(stock_class: type, *mixins: type) -> type:
+@functools.cache
+def grafted_class(stock_class: type, *mixins: type) -> type[nn.Module]:
     """The `stock_class` with `mixins` before it, under its own name: upstream tells classes apart by their names (layers
     that must not be split over devices, outputs to be recorded)."""
     names = {name: getattr(stock_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(stock_class)(
+    kind: Any = type(stock_class)  # a metaclass
+    return kind(
         stock_class.__name__, (Grafted, *mixins, stock_class), {**names, "stock_class": stock_class, "mixins": mixins}
     )
 
 
-def graft(module: nn.Module, *mixins: type):
+def graft(module: nn.Module, *mixins: type) -> None:
     """Put the forwards of `mixins` before the module's own. Its parts, weights and hooks stay; it is pickled and copied
     as before; `repr` shows the stock name.
 
@@ -151,6 +168,7 @@ def graft(module: nn.Module, *mixins: type):
         raise ValueError(
             f"{type(module).__name__} has a forward of its own on the instance: nothing can be put before it"
         )
-    module.__class__ = grafted_class(type(module), *mixins)
+    stock: type = type(module)
+    module.__class__ = grafted_class(stock, *mixins)
     if "_old_forward" in vars(module):  # accelerate's hooks call it
         module._old_forward = type(module).forward.__get__(module)

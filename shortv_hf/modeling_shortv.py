@@ -9,17 +9,18 @@ Upstream's constructors build upstream's parts; ShortV's forwards are then graft
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import EllipsisType, MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import (
     Gemma3ForConditionalGeneration,
     Gemma3Model,
+    GenerationMixin,
     InternVLForConditionalGeneration,
     InternVLModel,
     LlavaForConditionalGeneration,
@@ -28,6 +29,7 @@ from transformers import (
     LlavaNextModel,
     LlavaOnevisionForConditionalGeneration,
     LlavaOnevisionModel,
+    PretrainedConfig,
     PreTrainedModel,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLModel,
@@ -37,7 +39,7 @@ from transformers import (
     Qwen3VLModel,
 )
 from transformers.cache_utils import Cache
-from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 from transformers.utils import logging
 
 from .base_weights import BaseWeightsMixin
@@ -60,6 +62,7 @@ from .plan import Plan
 from .reduction import ImageReduction, ModelSizes, Reduction, is_dropped, parse_visual_reduction
 from .rows import Rows
 from .upstream import (
+    TextModel,
     cached_lengths,
     check_cached,
     check_upstream,
@@ -80,15 +83,37 @@ logger = logging.get_logger(__name__)
 COPIED_TOO = (Rows,)  # of a local directory, 4.57 copies what this file imports itself, not what its imports import
 
 
-class ShortVTextModelMixin:
+if TYPE_CHECKING:  # what the mixins are put before
+
+    class _Model(PreTrainedModel):
+        config: Any  # with the ShortV fields; which class it is depends on the family
+        get_placeholder_mask: Callable[..., Any]
+
+    class _Head(_Model, GenerationMixin):
+        model: Any  # the ShortV model inside; its class too is the family's
+
+    _TextModel = TextModel
+else:
+    _Model = _Head = _TextModel = object
+
+
+class ShortVTextModelMixin(_TextModel):
     """Modifications: hands the plan of the pass to its layers. Outputs have zeros in place of tokens that were dropped."""
 
-    def forward(self, input_ids=None, *args: Any, inputs_embeds=None, plan: Plan | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        plan: Plan | None = None,
+        **kwargs: Any,
+    ) -> Any:
         cache = find_cache(kwargs)
         if plan is None:
             if not is_shortened(cache):
                 return super().forward(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
-            plan = Plan.of_a_step(input_ids if inputs_embeds is None else inputs_embeds)
+            tokens: Any = input_ids if inputs_embeds is None else inputs_embeds
+            plan = Plan.of_a_step(tokens)
         if plan.needs_stream(cache):
             if args:
                 raise TypeError("with visual_reduction, arguments other than input_ids are given by name")
@@ -103,7 +128,7 @@ class ShortVTextModelMixin:
         return output if plan.stream is None else plan.stream.restore(output)
 
 
-def _follow_plans(text: nn.Module):
+def _follow_plans(text: TextModel) -> None:
     """Make a stock text model one that follows plans."""
     graft(text, ShortVTextModelMixin)
     for layer in text.layers:
@@ -124,7 +149,7 @@ TESTED_TEXT_MODELS = {
 }
 
 
-def check_text_model(text: nn.Module):
+def check_text_model(text: TextModel) -> None:
     """Raises `ValueError` if plans would not be followed right in a stock text model."""
     require_text_arguments(type(text))
     check_upstream(text, text.config.model_type in TESTED_TEXT_MODELS, _follow_plans, Plan.of_text)
@@ -133,17 +158,17 @@ def check_text_model(text: nn.Module):
 class _Block(dict):
     """The settings of one `using` block, by the names of the config's fields. Blocks are told apart by identity."""
 
-    __eq__, __hash__ = object.__eq__, object.__hash__
+    __eq__, __hash__ = object.__eq__, object.__hash__  # type: ignore[assignment]  # dicts have no hash
 
 
 # By the id of a config: the innermost block that is open in this thread or asyncio task. Compiled graphs cannot read a
 # context variable, and need not while no block is open anywhere: `_OPEN` holds those that are. What a task has inherited
 # from a block that has ended since does not count.
-_USING: ContextVar[dict[int, _Block]] = ContextVar("settings in use", default=MappingProxyType({}))
+_USING: ContextVar[Mapping[int, _Block]] = ContextVar("settings in use", default=MappingProxyType({}))
 _OPEN: list[_Block] = []
 
 
-def check_images(pixel_values: Tensor | None):
+def check_images(pixel_values: Tensor | None) -> None:
     """Raises `ValueError` if `pixel_values` are of no image at all."""
     if pixel_values is not None and len(pixel_values) == 0:
         raise ValueError(
@@ -151,7 +176,7 @@ def check_images(pixel_values: Tensor | None):
         )
 
 
-class ShortVSettingsMixin:
+class ShortVSettingsMixin(_Model):
     """Modifications: what is frozen can be switched at run time."""
 
     @property
@@ -193,7 +218,7 @@ class ShortVSettingsMixin:
     def _n_layers(self) -> int:
         return self.config.get_text_config().num_hidden_layers
 
-    def set_shortv_layers(self, shortv_layers: list[int]):
+    def set_shortv_layers(self, shortv_layers: list[int]) -> None:
         """Freeze visual tokens in these decoder layers from now on; `[]` is the dense model. No weight changes.
 
         Raises:
@@ -201,7 +226,7 @@ class ShortVSettingsMixin:
         """
         self.config.shortv_layers = validate_shortv_layers(shortv_layers, self._n_layers)
 
-    def set_visual_reduction(self, visual_reduction: dict | None):
+    def set_visual_reduction(self, visual_reduction: dict | None) -> None:
         """Switch the visual-token reduction method; `None` turns it off. No weight changes.
 
         Raises:
@@ -210,12 +235,12 @@ class ShortVSettingsMixin:
         self.config.visual_reduction = validate_visual_reduction(visual_reduction, self.config)
 
 
-def _encoder(parents_method):
+def _encoder(parents_method: Callable[..., Any]) -> Callable[..., Any]:
     """`get_image_features` or `get_video_features`, of the same signature: newer `generate` hands on only the arguments
     that it finds there, and what it does not hand on is lost without a word."""
 
     @functools.wraps(parents_method)
-    def method(self, *args, **kwargs):
+    def method(self: "ShortVModelMixin", *args: Any, **kwargs: Any) -> Any:
         # 5.24 hands the arguments of the whole forward on to the vision tower, our plan among them.
         kwargs = {name: value for name, value in kwargs.items() if name != "plan"}
         check_images(args[0] if args else kwargs.get("pixel_values", kwargs.get("pixel_values_videos")))
@@ -234,7 +259,7 @@ class ShortVModelMixin(ShortVSettingsMixin):
     token, outputs keep their shapes and hold zeros: hidden states, attentions to and from it, and so its logits.
     """
 
-    def __init_subclass__(cls, **kwargs):
+    def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if ShortVModelMixin in cls.__bases__:
             parents_methods = super()
@@ -242,12 +267,12 @@ class ShortVModelMixin(ShortVSettingsMixin):
                 if hasattr(parents_methods, name):
                     setattr(cls, name, _encoder(getattr(parents_methods, name)))
 
-    def __init__(self, config, *args: Any, **kwargs: Any):
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         validate_settings(config)
         super().__init__(config, *args, **kwargs)
         self.graft()
 
-    def graft(self):
+    def graft(self) -> None:
         """Make the parts that upstream built follow plans."""
         text = text_model(self)
         check_text_model(text)
@@ -256,7 +281,14 @@ class ShortVModelMixin(ShortVSettingsMixin):
         parameters = inspect.signature(super().forward).parameters.values()
         self._positional = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
 
-    def forward(self, *args: Any, visual_mask: Tensor | None = None, skip_padding: bool = False, **kwargs: Any) -> Any:
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *args: Any,
+        visual_mask: Tensor | None = None,
+        skip_padding: bool = False,
+        **kwargs: Any,
+    ) -> Any:
         """As the parent's, plus:
 
         visual_mask (`torch.Tensor` of shape `(batch, sequence)`, *optional*):
@@ -273,8 +305,8 @@ class ShortVModelMixin(ShortVSettingsMixin):
         """
         layers, visual_reduction = self.settings
         if not layers and visual_reduction is None:
-            return super().forward(*args, **kwargs)
-        kwargs = {**dict(zip(self._positional, args, strict=False)), **kwargs}
+            return super().forward(input_ids, *args, **kwargs)
+        kwargs = {**dict(zip(self._positional, (input_ids, *args), strict=False)), **kwargs}
         plan = self._plan(layers, visual_mask, skip_padding, kwargs)
         if plan is None or plan.reduction is None:
             return super().forward(**kwargs, **({} if plan is None else {"plan": plan}))
@@ -285,7 +317,7 @@ class ShortVModelMixin(ShortVSettingsMixin):
             set_used_image_features(output, features[~is_dropped(features)])
         return output.to_tuple() if as_tuple else output
 
-    def _plan(self, layers, visual_mask, skip_padding, kwargs) -> Plan | None:
+    def _plan(self, layers: list[int], visual_mask: Tensor | None, skip_padding: bool, kwargs: dict) -> Plan | None:
         """The plan of a pass with the parent's arguments `kwargs`; `None` if it holds no visual token to plan for."""
         present = self._features_in(kwargs)
         for name in ("pixel_values", "pixel_values_videos"):
@@ -323,7 +355,7 @@ class ShortVModelMixin(ShortVSettingsMixin):
             return None
         sizes = ModelSizes.of(self.config, select_strategy)
         reduction = parse_visual_reduction(options, sizes)
-        return None if reduction.identity(sizes) else reduction
+        return None if reduction is None or reduction.identity(sizes) else reduction
 
     def _reduced(self, encode: functools.partial) -> Any:
         """What `encode()`, the parent's method, returns; under an [`ImageReduction`] with the features that it leaves out
@@ -357,14 +389,14 @@ class ShortVModelMixin(ShortVSettingsMixin):
         pixels = {"image": kwargs.get("pixel_values"), "video": kwargs.get("pixel_values_videos")}
         return [kind for kind in pixels if pixels[kind] is not None or encoded.get(kind) is not None]
 
-    def _placeholders(self, kinds, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _placeholders(self, kinds: Iterable[str], input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Positions of the placeholders of these kinds, `[B, S]` bool; among embeddings, those equal to their own."""
         known = visual_token_ids(self.config)
         masks = []
         for kind in kinds:
             if kind in known and input_ids is not None:
                 masks.append(input_ids == known[kind])
-            elif kind in known:
+            elif kind in known and inputs_embeds is not None:
                 token = torch.full((), known[kind], dtype=torch.long, device=inputs_embeds.device)
                 masks.append((inputs_embeds == self.get_input_embeddings()(token)).all(-1))
         return functools.reduce(torch.logical_or, masks)
@@ -373,7 +405,7 @@ class ShortVModelMixin(ShortVSettingsMixin):
         """The positions that hold features in this chunk, `[B, S]` bool, or `None` if there are none."""
         input_ids, inputs_embeds = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if visual_mask is not None:
-            shape = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
+            shape = (kwargs["input_ids"] if inputs_embeds is None else inputs_embeds).shape[:2]
             if visual_mask.shape != shape:
                 raise ValueError(f"visual_mask has shape {tuple(visual_mask.shape)}; the inputs need {tuple(shape)}")
             return visual_mask.to(torch.bool)
@@ -383,7 +415,9 @@ class ShortVModelMixin(ShortVSettingsMixin):
             self._warn_if_images_are_missing(input_ids, inputs_embeds, find_cache(kwargs))
         return None
 
-    def _warn_if_images_are_missing(self, input_ids, inputs_embeds, cache: Cache | None):
+    def _warn_if_images_are_missing(
+        self, input_ids: Tensor | None, inputs_embeds: Tensor | None, cache: Cache | None
+    ) -> None:
         """Prompts without features are text. Say so where the caller may have meant something else."""
         if input_ids is None:
             if inputs_embeds is not None and inputs_embeds.shape[1] > 1:
@@ -410,7 +444,7 @@ class ShortVModelMixin(ShortVSettingsMixin):
         has_cls = ModelSizes.of(self.config, strategy).has_cls_feature
         return length - pixels.shape[0] * (sizes.patches + has_cls)
 
-    def get_placeholder_mask(self, input_ids, inputs_embeds, *args: Any, **kwargs: Any) -> Any:
+    def get_placeholder_mask(self, input_ids: Tensor | None, inputs_embeds: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the parent's, with a check that no environment variable switches off."""
         if not torch.compiler.is_compiling():
             given = {**dict(zip(("image_features", "video_features"), args, strict=False)), **kwargs}
@@ -420,7 +454,9 @@ class ShortVModelMixin(ShortVSettingsMixin):
                     self._check_placeholders(kind, input_ids, inputs_embeds, features)
         return super().get_placeholder_mask(input_ids, inputs_embeds, *args, **kwargs)
 
-    def _check_placeholders(self, kind: str, input_ids, inputs_embeds, features: Tensor):
+    def _check_placeholders(
+        self, kind: str, input_ids: Tensor | None, inputs_embeds: Tensor, features: Tensor
+    ) -> None:
         n_tokens = int(self._placeholders([kind], input_ids, inputs_embeds).sum())
         n_features = features.numel() // inputs_embeds.shape[-1]
         if n_tokens != n_features:
@@ -430,14 +466,22 @@ class ShortVModelMixin(ShortVSettingsMixin):
             )
 
 
-class ShortVHeadMixin(ShortVSettingsMixin):
+class ShortVHeadMixin(ShortVSettingsMixin, _Head):
     """Modifications: `generate` takes `visual_mask` beside `inputs_embeds`, and refuses what a method cannot do."""
 
-    def _validate_model_kwargs(self, model_kwargs):
-        super()._validate_model_kwargs({k: v for k, v in model_kwargs.items() if k != "visual_mask"})
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        known = {k: v for k, v in model_kwargs.items() if k != "visual_mask"}
+        super()._validate_model_kwargs(known)  # type: ignore[misc]  # upstream's `self` is a class for checkers only
 
-    def _validate_generation_mode(self, generation_mode, generation_config, generation_mode_kwargs):
-        super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+    def _validate_generation_mode(
+        self,
+        generation_mode: GenerationMode,
+        generation_config: GenerationConfig,
+        generation_mode_kwargs: dict[str, Any],
+    ) -> None:
+        super()._validate_generation_mode(  # type: ignore[misc]  # as above
+            generation_mode, generation_config, generation_mode_kwargs
+        )
         reduction = self.model._active_reduction()
         if reduction is not None and reduction.looks_at_last_token:
             if generation_mode == GenerationMode.ASSISTED_GENERATION:
@@ -451,7 +495,13 @@ class ShortVHeadMixin(ShortVSettingsMixin):
                     f"does not hold; prefill_chunk_size is {generation_config.prefill_chunk_size}, valid is None"
                 )
 
-    def prepare_inputs_for_generation(self, input_ids, inputs_embeds=None, visual_mask=None, **kwargs):
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        inputs_embeds: Tensor | None = None,
+        visual_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
         inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         tokens = inputs.get("inputs_embeds")
         tokens = inputs["input_ids"] if tokens is None else tokens
@@ -472,7 +522,7 @@ class ShortVGenerationMixin(ShortVHeadMixin, BaseWeightsMixin):
 
     base_class: type[ShortVModelMixin]
 
-    def __init__(self, config, *args: Any, **kwargs: Any):
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         validate_settings(config)
         super().__init__(config, *args, **kwargs)
         self.model.__class__ = self.base_class
@@ -624,6 +674,7 @@ def apply_shortv(
     visual_reduction = validate_visual_reduction(visual_reduction, model.config)
     graft(base, ShortVModelMixin)
     graft(model, ShortVHeadMixin)
+    assert isinstance(base, ShortVModelMixin)  # from now on
     base.config = model.config
     model.config.shortv_layers, model.config.visual_reduction = shortv_layers, visual_reduction
     base.graft()

@@ -8,17 +8,29 @@ number of text tokens decides the shapes); the layers then read the plan without
 chunk, Q of them left in the stream, T computed in a frozen layer, K keys.
 """
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .cache import KeptLayer, is_shortened
 from .reduction import ImageReduction, Reduction, StreamReduction, TokenMap, is_dropped, last_row_attention
 from .rows import Rows, Tokens, additive, mask_at, packed_sequences
-from .upstream import argument, find_cache, keep_deepstack, kind_of, mask_sizes, rotary_tables, seen_by, sliding_window
+from .upstream import (
+    Attention,
+    argument,
+    find_cache,
+    keep_deepstack,
+    kind_of,
+    mask_sizes,
+    rotary_tables,
+    seen_by,
+    sliding_window,
+)
 
 
 @dataclass
@@ -47,7 +59,7 @@ class Plan:
     @classmethod
     def build(
         cls,
-        layers: Any,
+        layers: Iterable[int],
         visual: Tensor,
         attention_mask: Tensor | None = None,
         max_text_tokens: int | None = None,
@@ -102,19 +114,18 @@ class Plan:
 
     # In a layer
 
-    def enter(self, attention: nn.Module, states: Tensor, kwargs: dict) -> tuple[Tensor, dict, Rows | None]:
+    def enter(self, attention: Attention, states: Tensor, kwargs: dict) -> tuple[Tensor, dict, Rows | None]:
         """A layer's states and keyword arguments in this pass, and the tokens that it computes: `None` for all."""
         layer = attention.layer_idx
         frozen = layer in self.layers
         if self.stream is None:
             return states, kwargs, self.text if frozen else None
         states = self.stream.enter(layer, states, kwargs)
-        rows = self._text_in_stream(layer) if frozen else None
-        return states, self._stream_arguments(attention, kwargs, rows), rows
+        rows = self._text_in_stream(self.stream, layer) if frozen else None
+        return states, self._stream_arguments(self.stream, attention, kwargs, rows), rows
 
-    def _text_in_stream(self, layer: int) -> Rows | None:
+    def _text_in_stream(self, stream: "Stream", layer: int) -> Rows | None:
         """The text tokens among those that the layer sees."""
-        stream = self.stream
         rows = stream.rows(layer)
         key = "text", rows is not None
         if key not in self._shared:
@@ -127,8 +138,8 @@ class Plan:
             self._shared[key] = None if plan is None else plan.text
         return self._shared[key]
 
-    def _stream_arguments(self, attention: nn.Module, kwargs: dict, rows: Rows | None) -> dict:
-        stream, layer = self.stream, attention.layer_idx
+    def _stream_arguments(self, stream: "Stream", attention: Attention, kwargs: dict, rows: Rows | None) -> dict:
+        layer = attention.layer_idx
         if layer not in stream.changed:  # all tokens, on a cache that holds all: upstream's arguments are right
             return kwargs
         kwargs = {**kwargs, "position_ids": None}  # with gaps, FlashAttention would take them for packed sequences
@@ -136,40 +147,41 @@ class Plan:
         if kept is not None:
             for name, tables in rotary_tables(kwargs).items():
                 key = "stream", name, *kind_of(attention), tables[0].device
-                kwargs[name] = self._share(key, lambda tables=tables: tuple(kept.select(part) for part in tables))
+                kwargs[name] = self._share(key, partial(_rows_of_tables, kept, tables))
         if rows is None:
             key = "stream mask", *kind_of(attention), *stream.sees(layer), stream.keys[layer].slots.device
             kwargs["attention_mask"] = self._share(key, lambda: stream.stock_mask(attention, kwargs))
         return kwargs
 
-    def _share(self, key: tuple, make):
+    def _share(self, key: tuple, make: Callable[[], Any]) -> Any:
         if key not in self._shared:
             self._shared[key] = make()
         return self._shared[key]
 
     # In the attention of a frozen layer
 
-    def rotary(self, attention: nn.Module, rows: Rows, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    def rotary(self, attention: Attention, rows: Rows, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Rotary cos and sin of the tokens that are computed. Some models have other tables in layers with a window."""
         sees = () if self.stream is None else self.stream.sees(attention.layer_idx)
         key = "rotary", *kind_of(attention), *sees, tables[0].device
-        return self._share(key, lambda: tuple(rows.select(part) for part in tables))
+        return self._share(key, partial(_rows_of_tables, rows, tables))
 
-    def mask(self, attention: nn.Module, rows: Rows, kwargs: dict, states: Tensor) -> Tensor:
+    def mask(self, attention: Attention, rows: Rows, kwargs: dict, states: Tensor) -> Tensor:
         """What those tokens attend to, `[B, 1, T, K]`: bool, or additive for eager and for a custom additive mask. To
         be called before the cache is updated. `states` `[B, S or Q, h]` are all tokens of the layer."""
         sees = () if self.stream is None else self.stream.sees(attention.layer_idx)
         key = "mask", *kind_of(attention), *sees, states.device
         return self._share(key, lambda: self._mask(attention, rows, kwargs, states))
 
-    def _mask(self, attention, rows, kwargs, states):
+    def _mask(self, attention: Attention, rows: Rows, kwargs: dict, states: Tensor) -> Tensor:
         layer, window, device = attention.layer_idx, sliding_window(attention), states.device
         implementation = attention.config._attn_implementation
         if self.stream is not None and layer in self.stream.keys:
             mask = self.stream.mask(layer, window, kwargs, rows, device)
         else:
             cache, given = find_cache(kwargs), argument(kwargs, "attention_mask")
-            past, packed = 0, None
+            past: int | Tensor = 0
+            packed: Tensor | None = None
             n_keys, first = mask_sizes(cache, layer, self.length, kwargs, device)
             if (torch.is_tensor(given) and given.ndim == 4) or hasattr(given, "mask_mod"):
                 first = 0  # it speaks of the chunk's tokens and of the keys by number
@@ -181,6 +193,11 @@ class Plan:
             keys = Tokens.range(first, n_keys, device)
             mask = mask_at(given, queries, keys, past=past, every_key=True, window=window, packed=packed)
         return additive(mask, states.dtype) if implementation == "eager" else mask
+
+
+def _rows_of_tables(rows: Rows, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    cos, sin = tables
+    return rows.select(cos), rows.select(sin)
 
 
 class Stream:
@@ -200,8 +217,8 @@ class Stream:
         self.device = device = inputs_embeds.device
         self.inputs_embeds = inputs_embeds
         self.cache = find_cache(kwargs)
-        self.attention_mask = kwargs.get("attention_mask")
-        self.position_ids = kwargs.get("position_ids")
+        self.attention_mask: Any = kwargs.get("attention_mask")
+        self.position_ids: Tensor | None = kwargs.get("position_ids")
         self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
         self.first_layer: int | None = None
         self.map: TokenMap | None = None
@@ -209,10 +226,12 @@ class Stream:
         self.keys: dict[int, Tokens] = {}
         self.changed: set[int] = set()
         self.scores: Tensor | None = None
-        self._waiting: tuple | None = None  # for the attention that ranks tokens
+        # for the attention that ranks tokens
+        self._waiting: tuple[StreamReduction, Tensor, Tensor, Tensor, list[int]] | None = None
         self._histories: dict[int, Any] = {}
-        two_dimensional = torch.is_tensor(self.attention_mask) and self.attention_mask.ndim == 2
-        self.padding_mask = self.attention_mask[:, -self.length :] if two_dimensional else plan.padding
+        given = self.attention_mask
+        two_dimensional = given if torch.is_tensor(given) and given.ndim == 2 else None
+        self.padding_mask = plan.padding if two_dimensional is None else two_dimensional[:, -self.length :]
         self.no_padding = self.attention_mask is None
         # Positions on a grid stay as they are; in a row, tokens that never reached the model leave no gap.
         self.renumbers = self.position_ids is None or self.position_ids.ndim == 2
@@ -225,8 +244,8 @@ class Stream:
             real = torch.ones(self.batch_size, self.length, dtype=torch.bool, device=device)
             if self.padding_mask is not None:
                 real = self.padding_mask.to(device=device, dtype=torch.bool)
-            if two_dimensional:
-                self.no_padding = bool((self.attention_mask != 0).all())
+            if two_dimensional is not None:
+                self.no_padding = bool((two_dimensional != 0).all())
             if isinstance(reduction, ImageReduction):
                 shift = self._drop_marked(real, shift)
             elif isinstance(reduction, StreamReduction):
@@ -256,7 +275,7 @@ class Stream:
         self.never_seen = total if shift is None else total + shift[:, 0]
         return before if shift is None else before + shift
 
-    def _plan_to_drop(self, reduction: StreamReduction, visual: Tensor, real: Tensor):
+    def _plan_to_drop(self, reduction: StreamReduction, visual: Tensor, real: Tensor) -> None:
         """Tokens that leave in the middle of the stack: how many is known now, which ones perhaps later."""
         numbers, present = torch.stack([visual.sum(1), real.sum(1)]).tolist()
         left = [reduction.count(v) for v in numbers]
@@ -275,15 +294,23 @@ class Stream:
         else:
             self._reduce(reduction, None, visual, real, stay, counts)
 
-    def _reduce(self, reduction, scores, visual, real, stay, counts):
+    def _reduce(
+        self,
+        reduction: StreamReduction,
+        scores: Tensor | None,
+        visual: Tensor,
+        real: Tensor,
+        stay: Tensor,
+        counts: list[int],
+    ) -> None:
         self.map = reduction.reduce(scores, visual, stay)
         self._keep(self.map.kept & real, counts)
 
-    def _keep(self, keep: Tensor, counts: list[int]):
+    def _keep(self, keep: Tensor, counts: list[int]) -> None:
         width = max(*counts, 1)
         self.kept = Rows.of(keep, width, exact=min(counts) == width)
 
-    def _refuse_packed_sequences(self):
+    def _refuse_packed_sequences(self) -> None:
         if self.cache is None and self.attention_mask is None:
             if packed_sequences(self.position_ids, self.batch_size) is not None:
                 raise ValueError("visual_reduction does not work with sequences packed into one row; use a batch")
@@ -293,7 +320,7 @@ class Stream:
         return self._waiting is not None and self.first_layer == layer + 1 and self.kept is None
 
     @torch.no_grad()
-    def choose(self, attention: nn.Module, query: Tensor, key: Tensor, kwargs: dict):
+    def choose(self, attention: Attention, query: Tensor, key: Tensor, kwargs: dict) -> None:
         """Rank visual tokens by the attention of each row's last token in this layer. Only that row is computed.
 
         Args:
@@ -302,6 +329,7 @@ class Stream:
         Raises:
             ValueError: if the heads are spread over devices, each of which would choose for itself.
         """
+        assert self._waiting is not None  # see `looks_in`
         reduction, visual, real, stay, counts = self._waiting
         if query.shape[1] != attention.config.num_attention_heads:
             raise ValueError(
@@ -319,7 +347,8 @@ class Stream:
     def text_arguments(self, kwargs: dict) -> dict:
         """The text model's keyword arguments in this pass."""
         kwargs = {**kwargs, "position_ids": self.position_ids}
-        return kwargs if self.first_layer != 0 else keep_deepstack(kwargs, self.kept)
+        kept = self.rows(0)
+        return kwargs if kept is None else keep_deepstack(kwargs, kept.index, kept.valid)
 
     def rows(self, layer: int) -> Rows | None:
         """The tokens of the chunk that a layer sees; `None` for all."""
@@ -334,8 +363,10 @@ class Stream:
         if layer == self.first_layer:
             if self.map is not None:
                 states = self.map.apply(states)
+            assert self.kept is not None  # the layer before has chosen, if it was not known before
             states = self.kept.select(states)
         cache, rows = find_cache(kwargs), self.rows(layer)
+        self.cache = cache  # the text model makes one where none was given
         tokens = self.chunk.to(states.device)
         tokens = tokens if rows is None else tokens.at(rows)
         if rows is not None:
@@ -343,10 +374,10 @@ class Stream:
             self.changed.add(layer)
         if cache is None:
             return states
-        layers = cache.layers
+        layers: Any = cache.layers
         if self.first_layer is not None:
             while len(layers) <= layer:  # a cache without a config grows as it is used
-                layers.append(cache.layer_class_to_replicate())
+                layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]  # such a cache has one
         if layer >= len(layers):
             return states
         shortened_before = isinstance(layers[layer], KeptLayer)
@@ -364,7 +395,7 @@ class Stream:
             self.changed.add(layer)
         return states
 
-    def _given(self, kwargs: dict):
+    def _given(self, kwargs: dict) -> Any:
         """The mask that the chunk came with; of models that make one for each kind of layer, this layer's."""
         return argument(kwargs, "attention_mask") if isinstance(self.attention_mask, dict) else self.attention_mask
 
@@ -381,7 +412,7 @@ class Stream:
             first = max(self.past + self.length - given.shape[-1], 0)
         return mask_at(given, queries.to(device), keys.to(device), past=self.past, first=first, window=window)
 
-    def stock_mask(self, attention: nn.Module, kwargs: dict) -> Tensor | None:
+    def stock_mask(self, attention: Attention, kwargs: dict) -> Tensor | None:
         """The mask that the stock attention needs; `None` where plain causal attention is right."""
         implementation, window, layer = (
             attention.config._attn_implementation,
@@ -419,7 +450,7 @@ class Stream:
 
     # What the caller sees
 
-    def restore(self, output):
+    def restore(self, output: Any) -> Any:
         """The text model's output with the caller's shapes: zeros where a token was dropped."""
         for layer in getattr(self.cache, "layers", ()):
             if isinstance(layer, KeptLayer):
@@ -439,6 +470,7 @@ class Stream:
 
     def _spread(self, states: Tensor) -> Tensor:
         """`[B, Q, d]` → `[B, S, d]`."""
+        assert self.kept is not None  # some layer sees fewer tokens
         return self.kept.spread(states, self.length)
 
     def _spread_attention(self, weights: Tensor | None, layer: int) -> Tensor | None:

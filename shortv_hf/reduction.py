@@ -408,6 +408,16 @@ def parse_visual_reduction(visual_reduction: dict | None, sizes: ModelSizes) -> 
     """
     if visual_reduction is None:
         return None
+    key = repr(visual_reduction), sizes
+    if key not in _PARSED:  # once, and not on every forward
+        _PARSED[key] = _parse(visual_reduction, sizes)
+    return _PARSED[key]
+
+
+_PARSED: dict[tuple[str, ModelSizes], Reduction] = {}
+
+
+def _parse(visual_reduction: Any, sizes: ModelSizes) -> Reduction:
     known = ", ".join(METHODS)
     if not isinstance(visual_reduction, dict) or "method" not in visual_reduction:
         raise ValueError(

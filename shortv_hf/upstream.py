@@ -12,8 +12,9 @@ import inspect
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -27,7 +28,7 @@ from transformers.models.llama.modeling_llama import LlamaModel
 try:  # 5.x
     from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 except ImportError:
-    from transformers.utils.generic import _CAN_RECORD_REGISTRY
+    from transformers.utils.generic import _CAN_RECORD_REGISTRY  # type: ignore[attr-defined, no-redef]
 
 
 TESTED = ("4.57.0", "5.24.0")  # the oldest and the newest version that the tests have passed on
@@ -38,7 +39,7 @@ CACHE = "cache" if "cache" in inspect.signature(LlamaModel.forward).parameters e
 
 def release(version: str) -> tuple[int, ...]:
     """`"5.24.0.dev0"` → `(5, 24, 0)`."""
-    return tuple(int(part) for part in re.match(r"\d+(\.\d+)*", version).group().split("."))
+    return tuple(int(part) for part in re.findall(r"\d+", re.split(r"[^\d.]", version)[0]))
 
 
 def is_newer_than_tested() -> bool:
@@ -54,7 +55,7 @@ def not_right(what: str) -> ValueError:
     )
 
 
-def inherit_tables(config_class: type[PretrainedConfig], base_model_type: str):
+def inherit_tables(config_class: type[PretrainedConfig], base_model_type: str) -> None:
     """Read the processor and tokenizer files of a config's model type as those of the original type.
 
     From 5.5 on, upstream ignores the tokenizer class that some types' files declare; of a type that it does not know it
@@ -79,12 +80,46 @@ def inherit_tables(config_class: type[PretrainedConfig], base_model_type: str):
             continue
 
 
-def has_tied_head(config) -> bool:
+def has_tied_head(config: PretrainedConfig) -> bool:
     """Whether the head of a model shares the weights of its embeddings: 5.x asks the whole config, 4.x that of the text."""
     return bool(getattr(config.get_text_config() if ON_4 else config, "tie_word_embeddings", ON_4))
 
 
 # Modules
+
+if TYPE_CHECKING:
+    # What is read of upstream's modules. No family shares these classes; annotations on the mixins themselves would be
+    # read by `PreTrainedModel`.
+
+    class Attention(nn.Module):
+        """The attention of a decoder layer."""
+
+        config: PretrainedConfig
+        layer_idx: int
+        head_dim: int
+        scaling: float
+        attention_dropout: float
+        attn_logit_softcapping: float | None  # Gemma
+        is_sliding: bool  # Gemma 3
+        sliding_window: int | None  # Qwen2, Gemma 3
+        rope_scaling: dict[str, Any] | None  # Qwen2-VL, Qwen2.5-VL
+        o_proj: nn.Module
+
+    class DecoderLayer(nn.Module):
+        """A decoder layer."""
+
+        self_attn: Attention
+        input_layernorm: nn.Module
+
+    class TextModel(PreTrainedModel):
+        """A text model without its head."""
+
+        layers: Sequence[DecoderLayer]
+        gradient_checkpointing: bool
+
+else:
+    Attention = DecoderLayer = nn.Module
+    TextModel = PreTrainedModel
 
 
 def stock_class(module: nn.Module) -> type:
@@ -92,24 +127,29 @@ def stock_class(module: nn.Module) -> type:
     return next(each for each in type(module).__mro__ if each.__module__.startswith("transformers."))
 
 
-def text_model(base: nn.Module) -> nn.Module:
+def family_of(module: nn.Module) -> Any:
+    """The file of upstream's that defines a module's class."""
+    return sys.modules[stock_class(module).__module__]
+
+
+def text_model(base: nn.Module) -> TextModel:
     """The text model in a vision-language model without its head. Raises `ValueError` if there is none."""
     for name in ("language_model", "text_model"):
         found = getattr(base, name, None)
         if isinstance(found, nn.Module) and hasattr(found, "layers"):
-            return found
+            return cast(TextModel, found)
     raise ValueError(f"{type(base).__name__} has no text model with decoder layers")
 
 
-def record_outputs(model: PreTrainedModel):
+def record_outputs(model: PreTrainedModel) -> None:
     """Upstream keeps what it records of a model by the name of the class that it was built as."""
     name = str(model.__class__)
     dict.__setitem__(_CAN_RECORD_REGISTRY, name, model._can_record_outputs)
 
 
-def visual_token_ids(config) -> dict[str, int]:
+def visual_token_ids(config: PretrainedConfig) -> dict[str, int]:
     """The ids of the placeholders of "image" and "video" that a config has."""
-    found = {}
+    found: dict[str, int] = {}
     for kind in ("image", "video"):
         for name in (f"{kind}_token_id", f"{kind}_token_index"):
             if isinstance(getattr(config, name, None), int):
@@ -117,14 +157,14 @@ def visual_token_ids(config) -> dict[str, int]:
     return found
 
 
-def sliding_window(attention: nn.Module) -> int | None:
+def sliding_window(attention: Attention) -> int | None:
     """The attention window of a layer: Qwen2 keeps it on the module, Mistral in the config, Llama has none."""
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window
     return getattr(attention.config, "sliding_window", None)
 
 
-def kind_of(attention: nn.Module) -> tuple:
+def kind_of(attention: Attention) -> tuple:
     """Equal for layers that upstream gives the same mask and the same rotary tables."""
     return sliding_window(attention), getattr(attention, "layer_type", None)
 
@@ -135,7 +175,7 @@ def rotary_tables(kwargs: dict) -> dict[str, tuple[Tensor, Tensor]]:
     return found or {ROTARY: argument(kwargs, ROTARY)}
 
 
-def own_tables(attention: nn.Module, kwargs: dict) -> tuple[Tensor, Tensor]:
+def own_tables(attention: Attention, kwargs: dict) -> tuple[Tensor, Tensor]:
     """Those of a layer's own kind."""
     tables = rotary_tables(kwargs)
     if len(tables) == 1:
@@ -143,17 +183,18 @@ def own_tables(attention: nn.Module, kwargs: dict) -> tuple[Tensor, Tensor]:
     return argument(tables, f"{ROTARY}_local" if attention.is_sliding else f"{ROTARY}_global")
 
 
-def eager_attention(attention: nn.Module) -> Callable:
+def eager_attention(attention: Attention) -> Callable:
     """The eager attention of a module's family, with what it does to logits."""
-    return sys.modules[stock_class(attention).__module__].eager_attention_forward
+    return family_of(attention).eager_attention_forward
 
 
-def rotate(attention: nn.Module, states: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(attention: Attention, states: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     """Rotary embedding of `states` `[B, heads, n, d]` with cos and sin `[B or 1, n, d]`, by the family's own function. It
     takes queries and keys of one length: the other ones are empty here."""
-    family = sys.modules[stock_class(attention).__module__]
-    if tables[0].ndim == 4:  # `[3, B, n, d]`, Qwen2-VL and Qwen2.5-VL on 4.x
-        sections = attention.rope_scaling["mrope_section"]
+    family = family_of(attention)
+    if tables[0].ndim == 4:  # `[3, B, n, d]`, Qwen2-VL and Qwen2.5-VL on 4.x and the first of 5.x
+        settings = getattr(attention, "rope_scaling", None) or attention.config.rope_parameters
+        sections = settings["mrope_section"]
         return family.apply_multimodal_rotary_pos_emb(states, states[:, :0], *tables, sections)[0]
     return family.apply_rotary_pos_emb(states, states[:, :0], *tables)[0]
 
@@ -169,7 +210,7 @@ def has_inner_vision_model(model_type: str) -> bool:
 # Arguments
 
 
-def argument(kwargs: dict, name: str):
+def argument(kwargs: dict, name: str) -> Any:
     """`kwargs[name]`, of the arguments that upstream hands to a decoder layer. Raises `ValueError` if it hands none."""
     if name not in kwargs:
         raise not_right(f"its decoder layers get no `{name}`, only {', '.join(sorted(kwargs))}")
@@ -180,10 +221,10 @@ ROTARY = "position_embeddings"
 TEXT_ARGUMENTS = ("attention_mask", "inputs_embeds", "position_ids")
 
 
-def require_text_arguments(model_class):
+def require_text_arguments(model_class: type) -> None:
     """Raises `ValueError` if a text model does not take the arguments that are read and replaced on their way to it: under
     another name, a replacement would be ignored."""
-    upstream = next(
+    upstream: Any = next(
         c for c in model_class.__mro__ if c.__module__.startswith("transformers.") and "forward" in vars(c)
     )
     for name in TEXT_ARGUMENTS:
@@ -201,7 +242,7 @@ def find_cache(kwargs: dict) -> Cache | None:
     return next((value for value in kwargs.values() if isinstance(value, Cache)), None)
 
 
-def update_cache(cache: Cache, key, value, layer: int, kwargs: dict) -> tuple[torch.Tensor, torch.Tensor]:
+def update_cache(cache: Cache, key: Tensor, value: Tensor, layer: int, kwargs: dict) -> tuple[Tensor, Tensor]:
     """Store `key` and `value` `[B, kv_heads, S, head_dim]`, and return those that the layer attends to, `[…, K, …]`.
 
     `kwargs` are the attention's: on 4.x the static cache writes where their `cache_position` says; 5.x ignores them.
@@ -230,7 +271,7 @@ def mask_sizes(cache: Cache | None, layer: int, length: int, kwargs: dict, devic
     attention's. To be called before the cache is updated."""
     if cache is None:
         return length, 0
-    query: int | Tensor = length
+    query: Any = length
     if _BY_POSITIONS:
         query = kwargs.get("cache_position")
         if query is None:
@@ -238,21 +279,21 @@ def mask_sizes(cache: Cache | None, layer: int, length: int, kwargs: dict, devic
     return cache.get_mask_sizes(query, layer)
 
 
-def keep_deepstack(kwargs: dict, rows) -> dict:
-    """A text model's arguments for a chunk of which only `rows` are left: features that the first layers add to visual
-    tokens (Qwen3-VL) are cut with them."""
+def keep_deepstack(kwargs: dict, index: Tensor, valid: Tensor | None) -> dict:
+    """A text model's arguments for a chunk of which only the tokens at `index` `[B, T]` are left, without those where
+    `valid` is False: features that the first layers add to visual tokens (Qwen3-VL) are cut with them."""
     mask, features = kwargs.get("visual_pos_masks"), kwargs.get("deepstack_visual_embeds")
     if mask is None or features is None:
         return kwargs
-    left = torch.zeros_like(mask).scatter(1, rows.index, True if rows.valid is None else rows.valid)
+    left = torch.zeros_like(mask).scatter(1, index, True if valid is None else valid)
     kept = left[mask]
-    mask = mask.gather(1, rows.index)
-    if rows.valid is not None:
-        mask = mask & rows.valid
+    mask = mask.gather(1, index)
+    if valid is not None:
+        mask = mask & valid
     return {**kwargs, "visual_pos_masks": mask, "deepstack_visual_embeds": [each[kept] for each in features]}
 
 
-def cached_lengths(cache: Cache | None, layers) -> dict[int, int]:
+def cached_lengths(cache: Cache | None, layers: Iterable[int]) -> dict[int, int]:
     """How many tokens the layers of a cache have seen, without a device synchronisation: layers that count on the
     device (static ones) are left out; all are while a graph is compiled."""
     if torch.compiler.is_compiling():
@@ -261,7 +302,7 @@ def cached_lengths(cache: Cache | None, layers) -> dict[int, int]:
     return {layer: length for layer, length in lengths.items() if isinstance(length, int)}
 
 
-def check_cached(cache: Cache | None, output, before: dict[int, int], chunk: int):
+def check_cached(cache: Cache | None, output: Any, before: dict[int, int], chunk: int) -> None:
     """Raises `ValueError` if a layer of the cache, the one given to a pass or made in it, did not see the pass's `chunk`
     tokens. `before` is what [`cached_lengths`] said before it."""
     if cache is None:
@@ -277,7 +318,7 @@ def check_cached(cache: Cache | None, output, before: dict[int, int], chunk: int
 # Outputs
 
 
-def _features_in(output):
+def _features_in(output: Any) -> Any:
     """What `get_image_features` or `get_video_features` returned, without what stands around the features: an output
     object on 5.x; on 4.x a list, a tensor or (Qwen3-VL) a pair with the features of the first layers."""
     if hasattr(output, "pooler_output"):
@@ -287,7 +328,7 @@ def _features_in(output):
     return output
 
 
-def image_features(output) -> list[Tensor]:
+def image_features(output: Any) -> list[Tensor]:
     """Features per image `[n, h]`, from what `get_image_features` returns; per video, of `get_video_features`."""
     features = _features_in(output)
     if not isinstance(features, (list, tuple)) and not (torch.is_tensor(features) and features.ndim == 3):
@@ -295,7 +336,7 @@ def image_features(output) -> list[Tensor]:
     return list(features)
 
 
-def with_image_features(output, features: list[Tensor]):
+def with_image_features(output: Any, features: list[Tensor]) -> Any:
     """What `get_image_features` returned, with other features in it."""
     found = _features_in(output)
     new = torch.stack(features) if torch.is_tensor(found) else type(found)(features)
@@ -305,7 +346,7 @@ def with_image_features(output, features: list[Tensor]):
     return new if found is output else (new, *output[1:])
 
 
-def used_image_features(output) -> torch.Tensor | None:
+def used_image_features(output: Any) -> Tensor | None:
     """The image features `[tokens, h]` in a model's output; `None` if there are none."""
     encoded = getattr(output, "image_outputs", None)  # 5.24; `image_hidden_states` becomes another thing there
     if encoded is not None:
@@ -316,7 +357,7 @@ def used_image_features(output) -> torch.Tensor | None:
     return features if features is None else features.flatten(0, -2)
 
 
-def set_used_image_features(output, features: torch.Tensor):
+def set_used_image_features(output: Any, features: Tensor) -> None:
     """Put other image features `[tokens, h]` into a model's output; the encoder's own output stays as it is."""
     encoded = getattr(output, "image_outputs", None)
     if encoded is not None:
@@ -332,7 +373,12 @@ _checking = threading.RLock()
 _running = threading.local()
 
 
-def check_upstream(text: nn.Module, tested: bool, follow_plans: Callable, plan_of_text: Callable):
+def check_upstream(
+    text: TextModel,
+    tested: bool,
+    follow_plans: Callable[[TextModel], None],
+    plan_of_text: Callable[[int, int, int], Any],
+) -> None:
     """Of an architecture that is not `tested`, and of each on a Transformers newer than the tested ones: a small model
     whose layers all follow a plan, in which every token is text, must give what the stock model gives, on a cache too.
     Random weights, float32, CPU; once per process. It needs no knowledge of the architecture: layers without rotary
@@ -359,22 +405,23 @@ def check_upstream(text: nn.Module, tested: bool, follow_plans: Callable, plan_o
                 _checked[key] = None
             except Exception as error:  # whatever upstream has become
                 reason = " ".join(str(error).split()) or type(error).__name__
-                ours = isinstance(error, ValueError) and reason.startswith("ShortV cannot run on")
+                ours = error if isinstance(error, ValueError) and reason.startswith("ShortV cannot run on") else None
                 failure = f"{model_class.__name__} fails its self-test with {type(error).__name__}: {reason}"
                 if tested:
-                    _checked[key] = error if ours else not_right(failure)
+                    _checked[key] = not_right(failure) if ours is None else ours
                 else:
                     _checked[key] = ValueError(
                         f"ShortV cannot freeze tokens in {model_class.__name__}, whose layers compute something else than "
-                        f"those that it knows ({reason if ours else failure})"
+                        f"those that it knows ({failure if ours is None else reason})"
                     )
             finally:
                 _running.now = False
-    if _checked[key] is not None:
-        raise _checked[key]
+    verdict = _checked[key]
+    if verdict is not None:
+        raise verdict
 
 
-def small_text_config(text_config):
+def small_text_config(text_config: PretrainedConfig) -> PretrainedConfig:
     """A copy with two heads, a narrow FFN, and as many of its first layers as hold every kind of layer."""
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
     grouped = text_config.num_key_value_heads < text_config.num_attention_heads
@@ -398,7 +445,13 @@ def small_text_config(text_config):
     return type(text_config).from_dict(small)
 
 
-def _self_test(model_class, config, implementation, follow_plans, plan_of_text):
+def _self_test(
+    model_class: type[Any],
+    config: PretrainedConfig,
+    implementation: str,
+    follow_plans: Callable[[TextModel], None],
+    plan_of_text: Callable[[int, int, int], Any],
+) -> None:
     rows, tokens, more = 2, 8, 3
     with torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad():
         model = model_class._from_config(config, attn_implementation=implementation, dtype=torch.float32).eval()
@@ -423,7 +476,8 @@ def _self_test(model_class, config, implementation, follow_plans, plan_of_text):
                     **plan,
                 )
                 found.append([output.last_hidden_state[padding[:, start:end].bool()]])
-            found[-1] += [part for layer in cache.layers for part in (layer.keys, layer.values)]
+            layers: Any = cache.layers  # those that hold keys and values, of their several kinds
+            found[-1] += [part for layer in layers for part in (layer.keys, layer.values)]
     dense, ours = found[:2], found[2:]
     for expected, actual in zip(sum(dense, []), sum(ours, []), strict=True):
         if (

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPAttention
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .reduction import DROPPED, ClsAttention, ImageReduction, ModelSizes, Patches, TokenMap
+from .upstream import family_of
 
 
 # The recorder of the pass that this thread (or asyncio task) is in. Modules are shared by all threads, so a pass leaves
@@ -207,7 +207,7 @@ def packed_patches(model: Any, per_tile: int, image_sizes: Tensor, device: torch
     which: it packs the patches' numbers, counted through the tiles, as if they were features."""
     config, side = model.config, isqrt(per_tile)
     tiles = [
-        image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+        family_of(model).image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
         for size in image_sizes
     ]
     numbers = [torch.arange(n * per_tile, dtype=torch.float64).view(n, per_tile, 1) for n in tiles]

@@ -4,6 +4,7 @@ A row of inputs is written as in `helpers.py`: a text token per `t`, an image pe
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -296,7 +297,9 @@ def collate(family: "Family", rows: list[list[Block]]) -> dict[str, Tensor]:
 
 
 def token_types(family: "Family", ids: Tensor) -> dict[str, Tensor]:
-    if family.token_types == "mm_token_type_ids" and not V4:
+    stock = getattr(transformers, f"{family.stock}ForConditionalGeneration")
+    named = "mm_token_type_ids" in inspect.signature(stock.forward).parameters  # not yet on 4.57 and the first of 5.x
+    if family.token_types == "mm_token_type_ids" and named:
         return {"mm_token_type_ids": (ids == IMAGE).int() + 2 * (ids == VIDEO).int()}
     if family.token_types == "token_type_ids":
         return {"token_type_ids": (ids == IMAGE).long()}

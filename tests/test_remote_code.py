@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +180,11 @@ def test_closure_imports_only_torch_and_transformers():
     assert copied == {file.stem for file in code_files()} - {"modeling_shortv"}
     for name in direct.keys() & direct["configuration_shortv"]:
         assert direct[name] <= direct["configuration_shortv"]
+
+
+def test_type_checker_reads_the_closure():
+    checked = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    assert [file.name for file in code_files() if f'"shortv_hf/{file.name}"' not in checked] == []
 
 
 class TestBuildRepo:

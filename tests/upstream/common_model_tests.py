@@ -104,10 +104,10 @@ class Common(ModelTesterMixin):
     _is_composite = True
     test_resize_embeddings = True
     test_missing_keys = False
-    tester_class = LlavaTester
+    kind_of_tester = LlavaTester
 
     def setUp(self):
-        self.model_tester = self.tester_class(self.config_class, **self.config_kwargs)
+        self.model_tester = self.kind_of_tester(self.config_class, **self.config_kwargs)
         self.config_tester = None
 
 
@@ -127,12 +127,12 @@ class TestShortVDense(Common, unittest.TestCase):
 
 
 class TestStockInternVL(Common, unittest.TestCase):
-    tester_class = InternVLTester
+    kind_of_tester = InternVLTester
     all_model_classes = (InternVLModel, InternVLForConditionalGeneration)
     config_class, config_kwargs = InternVLConfig, {}
 
 
 class TestShortVInternVL(Common, unittest.TestCase):
-    tester_class = InternVLTester
+    kind_of_tester = InternVLTester
     all_model_classes = (ShortVInternVLModel, ShortVInternVLForConditionalGeneration)
     config_class, config_kwargs = ShortVInternVLConfig, {"shortv_layers": [0]}
