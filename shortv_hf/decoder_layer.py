@@ -52,20 +52,20 @@ class ShortVDecoderLayerMixin(_Layer):
         """`hidden_states` `[B, S, h]` → `[B, S, h]`, out of place; in a tuple where upstream's layer returns one."""
         if plan is None:
             return super().forward(hidden_states, *args, **kwargs)
+        given = kwargs
         hidden_states, kwargs, rows = plan.enter(self.self_attn, hidden_states, kwargs)
-        looks = plan.stream is not None and plan.stream.looks_in(self.self_attn.layer_idx)
-        states: Any = self.input_layernorm(hidden_states) if looks or rows is not None else None
         if rows is None:
             output = super().forward(hidden_states, *args, **kwargs)
         else:
-            frozen = FrozenRows(plan, rows, states)
+            frozen = FrozenRows(plan, rows, self.input_layernorm(hidden_states))
             output = super().forward(rows.select(hidden_states), *args, **{**kwargs, "plan": frozen})
             if isinstance(output, tuple):
                 output = rows.write(hidden_states, output[0]), *output[1:]
             else:
                 output = rows.write(hidden_states, output)
-        if looks and plan.stream is not None:
-            self.self_attn.let_last_token_choose(plan.stream, states, kwargs)
+        if plan.stream is not None and plan.stream.looks_in(self.self_attn.layer_idx):
+            with torch.no_grad():
+                self.self_attn.let_last_token_choose(plan.stream, self.input_layernorm(hidden_states), given)
         return output
 
 
@@ -113,7 +113,6 @@ class ShortVAttentionMixin(_Attention):
         norm = getattr(self, f"{name}_norm", None)
         return (states if norm is None else norm(states)).transpose(1, 2)
 
-    @torch.no_grad()
     def let_last_token_choose(self, stream: Stream, states: Tensor, kwargs: dict) -> None:
         """Rank visual tokens by the last row of this attention, which has just run on the normed `states` `[B, S, h]`.
         Its keys are in the cache; without one they are computed once more, 0.1 % of a 7B prefill."""
@@ -152,22 +151,28 @@ def grafted_class(stock_class: type, *mixins: type) -> type[nn.Module]:
     )
 
 
+def refuse_own_forward(module: nn.Module) -> None:
+    """Raises `ValueError` if a module has a forward of its own, which would go before its class's. Those that are known
+    are not refused: 4.57 leaves the class's behind when it has recorded outputs, accelerate's hooks call the one they found.
+    """
+    own = vars(module).get("forward")
+    if own is None or getattr(own, "__func__", None) is type(module).forward or "_old_forward" in vars(module):
+        return
+    raise ValueError(f"{type(module).__name__} has a forward of its own on the instance: nothing can be put before it")
+
+
 def graft(module: nn.Module, *mixins: type) -> None:
     """Put the forwards of `mixins` before the module's own. Its parts, weights and hooks stay; it is pickled and copied
     as before; `repr` shows the stock name.
 
     Raises:
-        ValueError: the module has a forward of its own, which would go before its class's.
+        ValueError: as [`refuse_own_forward`].
     """
     if all(isinstance(module, mixin) for mixin in mixins):
         return
-    own = vars(module).get("forward")
-    if getattr(own, "__func__", None) is type(module).forward:
-        del module.forward  # 4.57 leaves it behind when it has recorded outputs
-    elif own is not None and "_old_forward" not in vars(module):
-        raise ValueError(
-            f"{type(module).__name__} has a forward of its own on the instance: nothing can be put before it"
-        )
+    refuse_own_forward(module)
+    if "_old_forward" not in vars(module):
+        module.__dict__.pop("forward", None)
     stock: type = type(module)
     module.__class__ = grafted_class(stock, *mixins)
     if "_old_forward" in vars(module):  # accelerate's hooks call it

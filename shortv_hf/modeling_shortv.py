@@ -57,7 +57,7 @@ from .configuration_shortv import (
     validate_shortv_layers,
     validate_visual_reduction,
 )
-from .decoder_layer import ShortVAttentionMixin, ShortVDecoderLayerMixin, graft
+from .decoder_layer import ShortVAttentionMixin, ShortVDecoderLayerMixin, graft, refuse_own_forward
 from .plan import Plan
 from .reduction import ImageReduction, ModelSizes, Reduction, is_dropped, parse_visual_reduction
 from .rows import Rows
@@ -322,13 +322,15 @@ class ShortVModelMixin(ShortVSettingsMixin):
         present = self._features_in(kwargs)
         for name in ("pixel_values", "pixel_values_videos"):
             check_images(kwargs.get(name))
+        own_mask = visual_mask is not None
         visual_mask = self._visual_mask(kwargs, present, visual_mask)
         if visual_mask is None:
             return None
         reduction = self._active_reduction()
         padding = kwargs.get("attention_mask")
         if torch.compiler.is_compiling() and reduction is None:
-            bound = self._max_text_tokens(visual_mask, present, kwargs)
+            # A caller's own mask can leave image tokens out, which are text then.
+            bound = visual_mask.shape[1] if own_mask else self._max_text_tokens(visual_mask, present, kwargs)
             return Plan.build(layers, visual_mask, padding if skip_padding else None, bound) if layers else None
         validate_settings(self.config)  # the list can have been assigned since
         if reduction is None:
@@ -386,8 +388,12 @@ class ShortVModelMixin(ShortVSettingsMixin):
     def _features_in(self, kwargs: dict) -> list[str]:
         """Of "image" and "video", those whose features come with the inputs."""
         encoded = kwargs.get("mm_encoder_outputs") or {}
-        pixels = {"image": kwargs.get("pixel_values"), "video": kwargs.get("pixel_values_videos")}
-        return [kind for kind in pixels if pixels[kind] is not None or encoded.get(kind) is not None]
+        given = {"image": ("pixel_values", "image_hidden_states"), "video": ("pixel_values_videos",)}
+        return [
+            kind
+            for kind, names in given.items()
+            if encoded.get(kind) is not None or any(kwargs.get(name) is not None for name in names)
+        ]
 
     def _placeholders(self, kinds: Iterable[str], input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Positions of the placeholders of these kinds, `[B, S]` bool; among embeddings, those equal to their own."""
@@ -662,16 +668,25 @@ def apply_shortv(
         ValueError: it is no vision-language model, its layers do something else than this package knows of, or a
             setting is not valid.
     """
-    if isinstance(model, ShortVSettingsMixin):
-        model.set_shortv_layers(shortv_layers)
-        model.set_visual_reduction(visual_reduction)
-        return model
     base = getattr(model, "model", None)
-    if not isinstance(base, PreTrainedModel) or not visual_token_ids(model.config):
-        raise ValueError(f"{type(model).__name__} is no vision-language model that this function knows how to change")
-    check_text_model(text_model(base))
+    if (
+        not isinstance(model, PreTrainedModel)
+        or not isinstance(base, PreTrainedModel)
+        or not visual_token_ids(model.config)
+    ):
+        raise ValueError(
+            f"{type(model).__name__} is no vision-language model that this function knows how to change; adapters come "
+            "after it"
+        )
     shortv_layers = validate_shortv_layers(shortv_layers, model.config.get_text_config().num_hidden_layers)
     visual_reduction = validate_visual_reduction(visual_reduction, model.config)
+    if isinstance(model, ShortVSettingsMixin):
+        model.config.shortv_layers, model.config.visual_reduction = shortv_layers, visual_reduction
+        return model
+    text = text_model(base)
+    check_text_model(text)
+    for module in (model, base, text, *text.layers, *(layer.self_attn for layer in text.layers)):
+        refuse_own_forward(module)  # before the first is changed
     graft(base, ShortVModelMixin)
     graft(model, ShortVHeadMixin)
     assert isinstance(base, ShortVModelMixin)  # from now on

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 
 from .cache import KeptLayer, is_shortened
 from .reduction import ImageReduction, Reduction, StreamReduction, TokenMap, is_dropped, last_row_attention
-from .rows import Rows, Tokens, additive, mask_at, packed_sequences
+from .rows import Rows, Tokens, additive, mask_at, packed_sequences, within_window
 from .upstream import (
     Attention,
     argument,
@@ -252,6 +252,7 @@ class Stream:
                 self._plan_to_drop(reduction, visual.to(device) & real, real)
         slots = torch.arange(self.past, self.past + self.length, device=device).expand(self.batch_size, -1)
         self.chunk = Tokens(slots, slots if shift is None else slots - shift)
+        self.has_gaps = shift is not None  # slots are not places
         if shift is not None:
             position_ids = slots[:1] if self.position_ids is None else self.position_ids
             self.position_ids = (position_ids - shift).clamp(min=0)
@@ -408,9 +409,14 @@ class Stream:
 
     def _mask(self, queries: Tokens, keys: Tokens, kwargs: dict, window: int | None, device: torch.device) -> Tensor:
         given, first = self._given(kwargs), 0
+        queries, keys = queries.to(device), keys.to(device)
+        places = window if self.has_gaps and isinstance(self.attention_mask, dict) else None
+        if places is not None:  # upstream's window is one of slots: one of places, within what is seen without any
+            given = self.attention_mask.get("full_attention", given)
         if torch.is_tensor(given) and given.ndim == 4:  # that of a cache with a window starts behind what it has lost
             first = max(self.past + self.length - given.shape[-1], 0)
-        return mask_at(given, queries.to(device), keys.to(device), past=self.past, first=first, window=window)
+        mask = mask_at(given, queries, keys, past=self.past, first=first, window=window)
+        return mask if places is None else within_window(mask, queries, keys, places)
 
     def stock_mask(self, attention: Attention, kwargs: dict) -> Tensor | None:
         """The mask that the stock attention needs; `None` where plain causal attention is right."""

@@ -139,6 +139,13 @@ def mask_at(
     return allowed | (slots < 0)  # a filler with no key at all could give NaN
 
 
+def within_window(mask: Tensor, queries: Tokens, keys: Tokens, window: int) -> Tensor:
+    """A mask `[B, 1, Q, K]` without the keys that are `window` places back or more."""
+    far = keys.places[:, None, None] <= queries.places[:, None, :, None] - window
+    far = far & (queries.slots >= 0)[:, None, :, None]
+    return mask & ~far if mask.dtype == torch.bool else mask.masked_fill(far, torch.finfo(mask.dtype).min)
+
+
 def packed_sequences(position_ids: Tensor | None, n_rows: int) -> Tensor | None:
     """The number of the sequence that each token belongs to, `[n_rows, S]`; `None` unless the positions, `[B or 1, S]`,
     start anew within a row."""

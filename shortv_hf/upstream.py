@@ -123,8 +123,11 @@ else:
 
 
 def stock_class(module: nn.Module) -> type:
-    """The class of upstream's that a module is, or descends from."""
-    return next(each for each in type(module).__mro__ if each.__module__.startswith("transformers."))
+    """The class of upstream's that a module is, or descends from. Raises `ValueError` if there is none."""
+    found = next((each for each in type(module).__mro__ if each.__module__.startswith("transformers.")), None)
+    if found is None:
+        raise ValueError(f"{type(module).__name__} is not of Transformers' own")
+    return found
 
 
 def family_of(module: nn.Module) -> Any:
@@ -224,9 +227,10 @@ TEXT_ARGUMENTS = ("attention_mask", "inputs_embeds", "position_ids")
 def require_text_arguments(model_class: type) -> None:
     """Raises `ValueError` if a text model does not take the arguments that are read and replaced on their way to it: under
     another name, a replacement would be ignored."""
-    upstream: Any = next(
-        c for c in model_class.__mro__ if c.__module__.startswith("transformers.") and "forward" in vars(c)
-    )
+    stock = (c for c in model_class.__mro__ if c.__module__.startswith("transformers.") and "forward" in vars(c))
+    upstream: Any = next(stock, None)
+    if upstream is None:
+        raise ValueError(f"{model_class.__name__} is not a text model of Transformers' own")
     for name in TEXT_ARGUMENTS:
         if name not in inspect.signature(upstream.forward).parameters:
             raise not_right(f"its {upstream.__name__} takes no `{name}`")
@@ -354,7 +358,9 @@ def used_image_features(output: Any) -> Tensor | None:
     if "image_outputs" in getattr(output, "__dataclass_fields__", ()):
         return None
     features = getattr(output, "image_hidden_states", None)
-    return features if features is None else features.flatten(0, -2)
+    if features is None or torch.is_tensor(features):
+        return features if features is None else features.flatten(0, -2)
+    return torch.cat([each.flatten(0, -2) for each in image_features(features)])  # the encoder's output, up to 5.23
 
 
 def set_used_image_features(output: Any, features: Tensor) -> None:
@@ -362,8 +368,10 @@ def set_used_image_features(output: Any, features: Tensor) -> None:
     encoded = getattr(output, "image_outputs", None)
     if encoded is not None:
         output.image_outputs = with_image_features(copy.copy(encoded), [features])
-    else:
+    elif torch.is_tensor(output.image_hidden_states):
         output.image_hidden_states = features
+    else:
+        output.image_hidden_states = with_image_features(copy.copy(output.image_hidden_states), [features])
 
 
 # The self-test

@@ -34,7 +34,8 @@ from transformers import DynamicCache
 
 import shortv_hf
 from shortv_hf.layer_contribution import rank_layers
-from shortv_hf.upstream import CACHE, find_cache
+from shortv_hf.plan import Stream
+from shortv_hf.upstream import CACHE, find_cache, image_features
 
 
 LAYERS = [0, 2]
@@ -496,3 +497,85 @@ def test_apply_shortv_refuses_layers_that_are_not_there(layers):
     with pytest.raises(ValueError, match=str(layers[0])):
         shortv_hf.apply_shortv(model, shortv_layers=layers)
     assert torch.equal(logits_of(model, given), logits_of(build("qwen2_vl"), given))
+
+
+# -------------------------------------------------------------------------------------------------- what a review found
+
+
+def test_a_window_is_measured_without_tokens_that_never_came():
+    """Gemma 3 hands its layers masks whose windows count them: against stock on the tokens that are left."""
+    stock = build("gemma3")
+    model = shortv_of(stock, [], {"method": "random", "token_num": 4})
+    given = make_inputs("gemma3", ["tttItttttttttttt"])
+    with torch.no_grad():
+        output = model(**given, output_hidden_states=True)
+        left = output.hidden_states[-1][0].abs().sum(-1) > 0
+        assert 0 < int((~left).sum()) and int(left.sum()) > model.config.text_config.sliding_window
+        features = torch.cat(list(image_features(stock.model.get_image_features(given["pixel_values"]))))
+        embeds = stock.get_input_embeddings()(given["input_ids"])
+        embeds = embeds.masked_scatter(visual_mask(given)[..., None], features.to(embeds.dtype))
+        types = {"token_type_ids": given["token_type_ids"][:, left]}
+        expected = stock.model(inputs_embeds=embeds[:, left], **types).last_hidden_state
+    close(output.hidden_states[-1][:, left], expected)
+
+
+def test_a_mask_of_the_callers_own_in_a_compiled_graph():
+    """Image tokens that it leaves out are text."""
+    model, given = shortv_of(build("llava"), LAYERS), inputs("llava", "image")
+    mask = visual_mask(given)
+    mask[:, mask[0].nonzero()[3:, 0]] = False
+    torch._dynamo.reset()
+    with torch.no_grad():
+        actual = torch.compile(model.forward, backend="eager")(**given, visual_mask=mask).logits
+        close(actual, model(**given, visual_mask=mask).logits)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_a_choice_of_the_last_token(reentrant):
+    stock, given = build("llava"), inputs("llava", "images")
+
+    def gradient(checkpointing):
+        model = shortv_of(stock, [1], FASTV).requires_grad_(True).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model(**given, labels=given["input_ids"], use_cache=False).loss.backward()
+        return model.get_input_embeddings().weight.grad
+
+    close(gradient(True), gradient(False))
+
+
+def test_apply_shortv_changes_all_or_nothing():
+    model = build.__wrapped__("idefics3")
+    layers = decoder(model).layers
+    layers[2].forward = lambda *args, **kwargs: None
+    before = [type(module) for module in (model, model.model, *layers)]
+    with pytest.raises(ValueError, match="forward of its own"):
+        shortv_hf.apply_shortv(model, [1])
+    assert [type(module) for module in (model, model.model, *layers)] == before
+    del layers[2].forward
+    shortv_hf.apply_shortv(model, [1])
+    with pytest.raises(ValueError, match="nope"):
+        shortv_hf.apply_shortv(model, [2], {"method": "nope"})
+    assert model.config.shortv_layers == [1] and model.config.visual_reduction is None
+
+
+def test_a_method_that_changes_between_turns():
+    """The last token's attention is that over the tokens that are left, also where a model makes masks by kind of layer."""
+    first, second, whole = turns("gemma3", "tIttt", "tttt")
+    model = shortv_of(build("gemma3"), [])
+    with torch.no_grad(), model.using(visual_reduction={"method": "vtw", "k": 1}):
+        cache = find_cache(model(**first, use_cache=True))
+    seen, choose = [], Stream.choose
+
+    def recording(self, attention, query, key, kwargs):
+        choose(self, attention, query, key, kwargs)
+        seen.append(self.scores.sum())
+
+    visual = torch.ones_like(second["input_ids"], dtype=torch.bool)
+    visual[:, -1] = False
+    length = whole["input_ids"].shape[1]
+    second = {"input_ids": second["input_ids"], "attention_mask": torch.ones(1, length, dtype=torch.long)}
+    with torch.no_grad(), model.using(visual_reduction=FASTV), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stream, "choose", recording)
+        model(**second, visual_mask=visual, **{CACHE: cache})
+    assert seen and 0 < float(seen[0]) <= 1 + 1e-5
