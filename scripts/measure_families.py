@@ -11,6 +11,7 @@ With `--output`, tables of other versions in the file stay.
 """
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -38,6 +39,10 @@ import shortv_hf  # noqa: E402
 
 
 LAYERS = [0, 2]
+
+
+def release(name: str) -> list[int]:
+    return [int(part) for part in re.findall(r"\d+", name)]
 
 
 def answers(model, given, **kwargs):
@@ -133,7 +138,7 @@ def main():
         kept = {part.splitlines()[0]: f"## {part.strip()}\n" for part in parts}
         kept[lines[0].removeprefix("## ")] = table
         head = "# Families against stock\n\nWritten by `scripts/measure_families.py`, which says what the columns are.\n\n"
-        arguments.output.write_text(head + "\n".join(kept[name] for name in sorted(kept)))
+        arguments.output.write_text(head + "\n".join(kept[name] for name in sorted(kept, key=release)))
 
 
 if __name__ == "__main__":
