@@ -66,6 +66,7 @@ from .upstream import (
     cached_lengths,
     check_cached,
     check_upstream,
+    features_given,
     find_cache,
     image_features,
     record_outputs,
@@ -319,7 +320,7 @@ class ShortVModelMixin(ShortVSettingsMixin):
 
     def _plan(self, layers: list[int], visual_mask: Tensor | None, skip_padding: bool, kwargs: dict) -> Plan | None:
         """The plan of a pass with the parent's arguments `kwargs`; `None` if it holds no visual token to plan for."""
-        present = self._features_in(kwargs)
+        present = features_given(kwargs)
         for name in ("pixel_values", "pixel_values_videos"):
             check_images(kwargs.get(name))
         own_mask = visual_mask is not None
@@ -384,16 +385,6 @@ class ShortVModelMixin(ShortVSettingsMixin):
         return output.to_tuple() if return_dict is False else output
 
     # Where the visual tokens are
-
-    def _features_in(self, kwargs: dict) -> list[str]:
-        """Of "image" and "video", those whose features come with the inputs."""
-        encoded = kwargs.get("mm_encoder_outputs") or {}
-        given = {"image": ("pixel_values", "image_hidden_states"), "video": ("pixel_values_videos",)}
-        return [
-            kind
-            for kind, names in given.items()
-            if encoded.get(kind) is not None or any(kwargs.get(name) is not None for name in names)
-        ]
 
     def _placeholders(self, kinds: Iterable[str], input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         """Positions of the placeholders of these kinds, `[B, S]` bool; among embeddings, those equal to their own."""

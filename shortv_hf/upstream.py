@@ -221,6 +221,20 @@ def argument(kwargs: dict, name: str) -> Any:
 
 
 ROTARY = "position_embeddings"
+# What brings features of each kind: pixels, or (Idefics3) what the tower made of them.
+FEATURES = {"image": ("pixel_values", "image_hidden_states"), "video": ("pixel_values_videos",)}
+
+
+def features_given(kwargs: dict[str, Any]) -> list[str]:
+    """Of "image" and "video", those whose features come with a model's arguments."""
+    encoded = kwargs.get("mm_encoder_outputs") or {}
+    return [
+        kind
+        for kind, names in FEATURES.items()
+        if encoded.get(kind) is not None or any(kwargs.get(name) is not None for name in names)
+    ]
+
+
 TEXT_ARGUMENTS = ("attention_mask", "inputs_embeds", "position_ids")
 
 
