@@ -81,7 +81,7 @@ def test_a_model_is_made_of_grafted_stock_modules():
     layer = model.model.language_model.layers[0]
     assert isinstance(layer, ShortVDecoderLayerMixin) and isinstance(layer.self_attn, ShortVAttentionMixin)
     assert repr(layer) == repr(stock.model.language_model.layers[0])
-    assert set(model._no_split_modules) >= {"LlamaDecoderLayer"}
+    assert "LlamaDecoderLayer" in model.model.language_model._no_split_modules
 
 
 def test_a_whole_model_pickles():
