@@ -20,13 +20,15 @@ import sys
 from pathlib import Path
 
 import torch
-import transformers
 
-from shortv_hf import evaluation, outputs
-from shortv_hf.calibration_data import Case, encode
-from shortv_hf.chat import count_prefill_flops, load
+from shortv_hf.data import outputs
+from shortv_hf.data import scoring as evaluation
+from shortv_hf.data.inputs import to_device
+from shortv_hf.data.sources import Case, encode
 from shortv_hf.flops import flops_ratio, prefill_flops
-from shortv_hf.layer_contribution import joint_kl, to_device
+from shortv_hf.flops.meters import language_model_flops
+from shortv_hf.hub.loading import load
+from shortv_hf.layer_contribution.kl import Settings, kl_to_dense
 from shortv_hf.reduction import METHODS, ModelSizes, parse_visual_reduction
 from shortv_hf.upstream import find_cache
 
@@ -56,8 +58,9 @@ def cost(model, processor, cases: list[Case]) -> tuple[float, float]:
     """Mean counted FLOPs of the prefill and bytes of its cache."""
     flops, nbytes = [], []
     for case in cases:
-        flops.append(count_prefill_flops(model, processor, case.prompt, list(case.images)))
-        cache = find_cache(model.model(**to_device(model, encode(case, processor)), use_cache=True))
+        inputs = to_device(model, encode(case, processor))
+        flops.append(language_model_flops(model, inputs))
+        cache = find_cache(model.model(**inputs, use_cache=True))
         nbytes.append(sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers))
     return statistics.mean(flops), statistics.mean(nbytes)
 
@@ -96,7 +99,7 @@ def compare(
                 "shortv_layers": frozen,
                 "accuracy": accuracy,
                 "standard_error": math.sqrt(accuracy * (1 - accuracy) / n),
-                "kl_nats": joint_kl(model, batches, frozen, visual_reduction=options),
+                "kl_nats": kl_to_dense(model, batches, [Settings(frozen, options)]).mean().item(),
                 "prefill_flops": flops,
                 "flops_ratio": flops / reference[0],
                 "cache_bytes": nbytes,
@@ -157,8 +160,7 @@ def main():
         "dtype": str(model.dtype).removeprefix("torch."),
         "attention": model.config._attn_implementation,
         "questions": arguments.questions,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **outputs.versions(),
     }
     outputs.write_text(arguments.output, json.dumps(report, indent=1) + "\n")
     outputs.write_text(table, markdown(report))

@@ -2,7 +2,7 @@
 
     python scripts/make_hub_configs.py [--output FOLDER [--overwrite]]
 
-The paper's models are in `shortv_hf/paper_models.py`. The cards quote what `scripts/results/` holds about them. Where the
+The paper's models are in `shortv_hf/hub/paper.py`. The cards quote what `scripts/results/` holds about them. Where the
 folder of the demonstration model has a `results.json`, its card and picture are written too. The checkout's own
 `hub_configs/` is written anew; in another FOLDER, the folders of the repos have to be new or empty.
 """
@@ -11,11 +11,14 @@ import argparse
 import json
 from pathlib import Path
 
-from shortv_hf import outputs
 from shortv_hf.configuration_shortv import ShortVLlavaConfig
-from shortv_hf.model_card import demo_card, reference_card
-from shortv_hf.paper_models import PAPER_MODELS, PaperModel
-from shortv_hf.plots import draw_frozen_layers
+from shortv_hf.data import outputs
+from shortv_hf.flops import visual_tokens_of
+from shortv_hf.hub.build import RANKING
+from shortv_hf.hub.card import demo_card, reference_card
+from shortv_hf.hub.paper import PAPER_MODELS, PaperModel
+from shortv_hf.layer_contribution import LayerRanking
+from shortv_hf.pictures.plots import draw_frozen_layers
 
 
 HUB_CONFIGS = Path(__file__).parent.parent / "hub_configs"
@@ -45,12 +48,13 @@ def measured(name: str, results: Path = Path(__file__).parent / "results") -> li
 
 
 def write_demo_card(folder: Path):
-    """The demonstration model's card, from its config and `results.json` (format: `shortv_hf.model_card.demo_card`)."""
+    """The demonstration model's card, from its config and `results.json` (format: `shortv_hf.hub.card.demo_card`)."""
     config = ShortVLlavaConfig.from_pretrained(folder)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    ranking = LayerRanking.load(folder / RANKING)
     with outputs.whole_file(folder / PICTURE) as picture:
         draw_frozen_layers(config, picture, t=13, v=64, title=folder.name)
-    outputs.write_text(folder / "README.md", str(demo_card(config, folder.name, results, PICTURE)))
+    outputs.write_text(folder / "README.md", str(demo_card(config, folder.name, results, PICTURE, ranking)))
 
 
 def main():
@@ -72,9 +76,14 @@ def main():
             outputs.write_text(folder / file, json.dumps(content, indent=2, sort_keys=True) + "\n")
         config = model.config_class.from_pretrained(folder)
         with outputs.whole_file(folder / PICTURE) as picture:
-            draw_frozen_layers(config, picture, t=64, v=2880 if "v1.6" in model.repo else 576)
+            draw_frozen_layers(config, picture, t=64, v=visual_tokens_of(config))
         card = reference_card(
-            config, model.repo, license="llama2", of_the_paper=True, picture=PICTURE, measured=measured(model.repo)
+            config,
+            model.repo,
+            license=model.license,
+            of_the_paper=True,
+            picture=PICTURE,
+            measured=measured(model.repo),
         )
         outputs.write_text(folder / "README.md", str(card))
         print(folder)

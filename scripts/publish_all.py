@@ -14,8 +14,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from shortv_hf.hub import build_repo_from_base, code_files
-from shortv_hf.publish import plan_publication, publish
+from shortv_hf.hub.build import build_repo_from_base, code_files
+from shortv_hf.hub.publish import plan_publication, publish
 
 
 def stage(folder: Path, output: Path) -> Path:

@@ -16,12 +16,16 @@ import time
 from pathlib import Path
 
 import torch
-import transformers
 
-from shortv_hf import chat, evaluation, outputs, plots
-from shortv_hf.calibration_data import encode, load_cases, split_sources
+from shortv_hf.data import outputs
+from shortv_hf.data import scoring as evaluation
+from shortv_hf.data.sources import encode, load_cases, split_sources
 from shortv_hf.flops import flops_ratio
-from shortv_hf.layer_contribution import frozen_tokens, joint_kl, rank_layers
+from shortv_hf.hub import load
+from shortv_hf.layer_contribution import rank_layers
+from shortv_hf.layer_contribution.freezing import frozen_tokens
+from shortv_hf.layer_contribution.kl import Settings, kl_to_dense
+from shortv_hf.pictures import plots
 from shortv_hf.reduction import visual_reduction_from_text
 
 
@@ -65,7 +69,7 @@ class Measurement:
                 answers = evaluation.answer(self.model, self.processor, self.cases, self.batch_size, **uncached)
             self.known[key] = {
                 "accuracy": evaluation.accuracy(answers, self.cases),
-                "kl": joint_kl(self.model, self.batches, layers, tokens=tokens, visual_reduction=self.reduction),
+                "kl": kl_to_dense(self.model, self.batches, [Settings(layers, self.reduction, tokens)]).mean().item(),
             }
         return self.known[key]
 
@@ -175,7 +179,7 @@ def main():
     reduction = visual_reduction_from_text(args.reduction)
     plots.check_matplotlib()
     started = time.monotonic()
-    model, processor = chat.load(args.model, [], args.device, args.dtype)
+    model, processor = load(args.model, [], args.device, args.dtype)
     n_layers = model.config.text_config.num_hidden_layers
     n = args.num_layers or round(0.6 * n_layers)
     ranked, cases = split_cases(args.data, args.samples, args.questions)
@@ -207,8 +211,7 @@ def main():
             "random_seeds": args.seeds,
             "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "CPU",
             "dtype": args.dtype,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
+            **outputs.versions(),
             "seconds": None,
         },
         "N": n,

@@ -20,7 +20,7 @@ import time
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
-from shortv_hf import outputs
+from shortv_hf.data import outputs
 
 
 ROOT = Path(__file__).parent.parent

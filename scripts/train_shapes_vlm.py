@@ -27,8 +27,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from torch import nn
 from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration, evaluation, outputs, shapes
-from shortv_hf.calibration_data import load_samples
+from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
+from shortv_hf.data import outputs, shapes
+from shortv_hf.data import scoring as evaluation
+from shortv_hf.data.sources import load_samples
 from shortv_hf.layer_contribution import rank_layers
 
 

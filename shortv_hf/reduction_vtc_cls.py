@@ -5,15 +5,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .reduction import (
-    ImageReduction,
-    ModelSizes,
-    Patches,
-    TokenMap,
-    keep_in_tiles,
-    left_of_tiles,
-    require_integer,
-)
+from .reduction import ImageReduction, ModelSizes, Patches, TokenMap, keep_in_tiles, left_of_tiles, require_integer
 
 
 @dataclass(frozen=True)

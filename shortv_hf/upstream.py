@@ -250,11 +250,6 @@ def require_text_arguments(model_class: type) -> None:
             raise not_right(f"its {upstream.__name__} takes no `{name}`")
 
 
-def cache_name(kwargs: dict) -> str:
-    """The name under which `kwargs` hold a cache, or would if there were one."""
-    return next((name for name, value in kwargs.items() if isinstance(value, Cache)), CACHE)
-
-
 def find_cache(kwargs: dict) -> Cache | None:
     """The cache in a call's arguments or in an output, whatever its name; `None` if there is none."""
     return next((value for value in kwargs.values() if isinstance(value, Cache)), None)

@@ -14,9 +14,9 @@ from processor_files import write_processor
 from test_base_weights import write_checkpoint
 from test_remote_code import run
 
-from shortv_hf.hub import code_files
+from shortv_hf.data.outputs import RECORD
+from shortv_hf.hub.build import code_files
 from shortv_hf.layer_contribution import LayerRanking
-from shortv_hf.outputs import RECORD
 
 
 pytest.importorskip("typer")
@@ -77,7 +77,7 @@ def test_build_and_publish(world):
     assert names == {
         "README.md", "chat_template.jinja", "config.json", "generation_config.json", *(file.name for file in code_files()),
         "preprocessor_config.json", "processor_config.json", "special_tokens_map.json", "tokenizer.json",
-        "tokenizer_config.json",
+        "tokenizer_config.json", "ranking.json", "layer_scores.png",
     }  # fmt: skip
     for name in ("tokenizer.json", "processor_config.json", "chat_template.jinja", "generation_config.json"):
         assert (world.repo / name).read_bytes() == (world.base / name).read_bytes()
@@ -132,7 +132,7 @@ def test_check_repo(world):
     code, output, _ = world.shell("check-repo", "me/shortv")
     assert code == 0, output
     lines = output.splitlines()
-    assert len(lines) == 12 and lines[-1] == "me/shortv: in order" and all(line[:5] == "ok   " for line in lines[:-1])
+    assert len(lines) == 13 and lines[-1] == "me/shortv: in order" and all(line[:5] == "ok   " for line in lines[:-1])
     assert (
         f"{len(code_files())} files, equal to those of shortv_hf" in output and f"org/base at {world.pinned}" in output
     )

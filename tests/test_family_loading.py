@@ -29,7 +29,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING
 
 import shortv_hf
 from shortv_hf.hub import build_repo
-from shortv_hf.trial import TEXTS
+from shortv_hf.hub.trial import TEXTS
 
 
 LAYERS = [3, 1]

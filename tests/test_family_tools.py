@@ -11,11 +11,18 @@ from processor_files import write_processor
 from test_family_loading import write_checkpoint
 from transformers import AutoModelForImageTextToText
 
-from shortv_hf import benchmark_models, calibration_data, chat, evaluation
-from shortv_hf.check_repo import check_files, check_repo
+from shortv_hf.benchmark import subjects as benchmark_models
+from shortv_hf.chat import comparison
+from shortv_hf.chat import conversation as chat
+from shortv_hf.command_line.options import load_config
+from shortv_hf.data import scoring as evaluation
+from shortv_hf.data import sources as calibration_data
 from shortv_hf.flops import prefill_flops
-from shortv_hf.layer_contribution import LayerRanking, last_logits, rank_layers
-from shortv_hf.trial import check_decoding
+from shortv_hf.hub import loading
+from shortv_hf.hub.check import check_files, check_repo
+from shortv_hf.hub.trial import check_decoding
+from shortv_hf.layer_contribution import LayerRanking, rank_layers
+from shortv_hf.layer_contribution.kl import last_logits
 
 
 typer_testing = pytest.importorskip("typer.testing")
@@ -43,7 +50,7 @@ def base(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(base):
-    return chat.load(str(base), LAYERS, "cpu", "float32")
+    return loading.load(str(base), LAYERS, "cpu", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +111,11 @@ def test_chat(base, picture):
     options = ["--image", picture, "--prompt", "what is this ?", "--layers", "2,1", "--max-new-tokens", 4]
     found = json.loads(shortv("chat", base, *options, "--json"))
     assert found["shortv_layers"] == LAYERS and 0 < found["visual_tokens"] < found["prompt_tokens"]
-    chat.MAX_ROUNDS, rounds = 2, chat.MAX_ROUNDS
+    comparison.MAX_ROUNDS, rounds = 2, comparison.MAX_ROUNDS
     try:
         found = json.loads(shortv("chat", base, *options, "--json", "--compare"))
     finally:
-        chat.MAX_ROUNDS = rounds
+        comparison.MAX_ROUNDS = rounds
     assert found["shortv"]["prefill_flops"] < found["dense"]["prefill_flops"]
 
 
@@ -149,9 +156,9 @@ def test_layer_contribution(base, tmp_path):
     printed = shortv("lc", base, *options, "--output", tmp_path / "lc", "--save-model", tmp_path / "repo")
     ranking = LayerRanking.load(tmp_path / "lc" / "ranking.json")
     assert "freezes 2 of 4 layers, joint KL" in printed and ranking.visual_tokens > 1 and min(ranking.scores) == 0
-    model, processor = chat.load(str(tmp_path / "repo"), device="cpu")
+    model, processor = loading.load(str(tmp_path / "repo"), device="cpu")
     assert model.config.shortv_layers == ranking.layers(2)
-    dense, _ = chat.load(str(base), device="cpu")
+    dense, _ = loading.load(str(base), device="cpu")
     ranking.apply(dense, 2)
     inputs = next(calibration_data.load_samples("shapes", processor, 1))
     torch.testing.assert_close(last_logits(model, inputs), last_logits(dense, inputs))
@@ -214,7 +221,7 @@ def test_bench(repo, tmp_path, monkeypatch):
     shortv("bench", *options, "--device", "cpu", "--output", tmp_path / "report.json")
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["method"] for row in report["results"]] == ["stock", "ShortV N=2"] and not report["skipped"]
-    config = cli._load_config(str(repo))
+    config = load_config(str(repo))
     for row in report["results"]:
         counted = prefill_flops(50, row["visual_tokens"], config, shortv_layers=row["shortv_layers"] or [])
         assert row["language_model_flops"] == pytest.approx(counted, rel=0.05)
@@ -246,7 +253,7 @@ def test_layer_contribution_without_a_class(stock, tmp_path):
     printed = shortv("lc", base, *options, "--num-layers", 2, "--overwrite")
     ranking = LayerRanking.load(tmp_path / "lc" / "ranking.json")
     assert f"apply_shortv(model, shortv_layers={ranking.layers(2)})" in printed
-    model, processor = chat.load_stock(str(base), "cpu")
+    model, processor = loading.load_stock(str(base), "cpu")
     model.set_shortv_layers(ranking.layers(2))
     inputs = next(calibration_data.load_samples("shapes", processor, 1))
     frozen = last_logits(model, inputs)

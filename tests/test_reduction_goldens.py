@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
+from shortv_hf.layer_contribution.vtw import withdrawal_divergences
 from shortv_hf.plan import Stream
 from shortv_hf.reduction import METHODS, ClsAttention, Patches
 from shortv_hf.upstream import CACHE, find_cache, image_features
-from shortv_hf.vtw_calibration import withdrawal_divergences
 
 
 SMALL = Path(__file__).parent / "goldens" / "reductions"

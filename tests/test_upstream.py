@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 import shortv_hf
 from shortv_hf import upstream
-from shortv_hf.chat import Conversation, load
+from shortv_hf.chat.conversation import Conversation
+from shortv_hf.hub.loading import load
 from shortv_hf.upstream import CACHE
 
 

@@ -1,0 +1,1 @@
+"""Speed and memory against the stock Hugging Face class, on real architectures with random weights."""

@@ -1,0 +1,1 @@
+"""What the commands share: their options, and how errors are said."""

@@ -1,0 +1,88 @@
+"""What several commands take, in one form everywhere. The model is the first argument; `--model NAME` is the same."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+Reduction = Annotated[
+    str | None,
+    typer.Option(
+        help='Token reduction, e.g. fastv:k=2,ratio=0.5 or {"method": "vtw", "k": 16}; none turns it off.',
+        show_default="that of the model's config",
+    ),
+]
+ModelOption = Annotated[str | None, typer.Option("--model", help="The same as MODEL.", hidden=True)]
+DefaultModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="Hub id or directory of a ShortV repo or an original checkpoint. Default: the demonstration model, which "
+        "answers questions about coloured shapes.",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str, typer.Option(help="cpu, cuda, cuda:1, ...; auto is the GPU, all of them if there are several, else the CPU.")
+]
+Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: the checkpoint's.")]
+Layers = Annotated[
+    str | None, typer.Option(help="Frozen layers, e.g. 31,29,30.", show_default="those of the model's config")
+]
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="gqa, flickr30k, shapes or folders of pictures with a JSONL file, separated by commas; may be given several "
+        "times.",
+        show_default="gqa,flickr30k; for the demonstration model, shapes",
+    ),
+]
+Direction = Literal["forward", "reverse"]
+
+
+def parse_numbers(text: str, option: str, what: str = "numbers") -> list[int]:
+    """Whole numbers separated by commas. Raises `ValueError` that names the option."""
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"{option} takes {what} separated by commas, got {text!r}") from None
+
+
+def parse_layers(layers: str) -> list[int]:
+    return parse_numbers(layers, "--layers", "layer ids")
+
+
+def parse_reduction(reduction: str | None) -> dict:
+    """The config field that a --reduction option sets, as keyword arguments."""
+    from ..reduction import visual_reduction_from_text
+
+    return {} if reduction is None else {"visual_reduction": visual_reduction_from_text(reduction)}
+
+
+def choose_model(model: str | None, option: str | None) -> str:
+    """The model that an argument or `--model` names; the demonstration model if neither does."""
+    from ..hub.loading import demo_model
+
+    if model is not None and option is not None and model != option:
+        raise ValueError(f"two models are named: {model} and, by --model, {option}")
+    return model or option or demo_model()
+
+
+def choose_data(data: list[str] | None, model: str) -> list[str]:
+    from ..hub.loading import demo_model
+
+    return data or (["shapes"] if model == demo_model() else ["gqa", "flickr30k"])
+
+
+def load_config(model: str, revision: str | None = None):
+    """The ShortV config of a ShortV repo or an original checkpoint; loads no weights."""
+    from ..hub.loading import model_classes
+
+    config_class = model_classes(model, revision=revision)[0]
+    return config_class.from_pretrained(model, revision=revision)  # type: ignore[arg-type]  # upstream means `str | None`
+
+
+def check_png(output: Path):
+    if output.suffix.lower() != ".png":
+        raise ValueError(f"--output is {output}; it must end in .png")

@@ -1,0 +1,187 @@
+"""FLOPs of the language model's prefill, by the paper's equations (Section 3.2, Eq. 3-5), with token reduction too.
+
+As in the paper: attention blocks and FFNs of the decoder layers; a multiplication and an addition count as two; the
+attention matrix is counted in full, causal or not; embeddings, norms, head and vision tower are left out.
+
+The paper writes the attention projections as 4h² per token. Here they follow the text config: with grouped-query
+attention, K and V are smaller. For the paper's models (no grouping) the two are the same.
+
+A reduction method changes v: from layer k on to what FastV or VTW keep, in all layers to what methods before the language
+model keep; ShortV layers freeze what is left. FastV's own cost, one row of attention, is left out: at most 4(t+v)h + 2h².
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .. import configuration_shortv  # noqa: F401  # registers the methods
+from ..reduction import ModelSizes, Reduction, StreamReduction, parse_visual_reduction, tokens_per_image
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """Widths of a decoder layer: hidden size h, FFN size m, and the output widths of the Q and the K (= V) projection."""
+
+    hidden_size: int
+    intermediate_size: int
+    query_size: int
+    key_value_size: int
+
+
+def layer_shape(config=None, *, h: int | None = None, m: int | None = None) -> LayerShape:
+    """The widths from a text config (or a LLaVA config, whose text config is used), or from `h` and `m`.
+
+    Raises:
+        ValueError: if neither a config nor both of `h` and `m` are given.
+    """
+    if config is None:
+        if h is None or m is None:
+            raise ValueError(f"pass a text config, or both h and m; got h={h}, m={m}")
+        return LayerShape(h, m, h, h)
+    text_config = config.get_text_config()
+    heads = text_config.num_attention_heads
+    head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
+    key_value_heads = getattr(text_config, "num_key_value_heads", None) or heads
+    return LayerShape(
+        text_config.hidden_size, text_config.intermediate_size, heads * head_dim, key_value_heads * head_dim
+    )
+
+
+def layer_flops(t: int, v: int, config=None, *, frozen: bool = False, h: int | None = None, m: int | None = None):
+    """FLOPs of one decoder layer in the prefill of `t` text and `v` visual tokens.
+
+    Dense (Eq. 3): `2(t+v)(4h+3m)h + 4(t+v)²h`. `frozen=True`, a ShortV layer (Eq. 4): `2t(4h+3m)h + 4vh² + 4t(t+v)h`.
+    """
+    _check_counts(t, v)
+    shape = layer_shape(config, h=h, m=m)
+    n = t + v
+    computed = t if frozen else n  # tokens that are queries and pass the FFN
+    query_and_output = 4 * computed * shape.hidden_size * shape.query_size
+    key_and_value = 4 * n * shape.hidden_size * shape.key_value_size
+    attention = 4 * computed * n * shape.query_size
+    ffn = 6 * computed * shape.hidden_size * shape.intermediate_size
+    return query_and_output + key_and_value + attention + ffn
+
+
+def visual_tokens_of(config) -> int:
+    """Visual tokens of one picture; of models that cut it into tiles those of an overview and 2 x 2 tiles, as in the paper's
+    tables (newline tokens not counted); of models that keep its size those of 896 x 896 pixels."""
+    patches, vision = tokens_per_image(config), config.vision_config
+    if patches is None:
+        merged = getattr(vision, "spatial_merge_size", 1)
+        patches = (getattr(vision, "image_size", 896) // (vision.patch_size * merged)) ** 2
+    return (5 if getattr(config, "image_grid_pinpoints", None) else 1) * patches
+
+
+def kept_visual_tokens(v: int, visual_reduction: dict | None, config=None, *, kept: int | None = None) -> int:
+    """How many of `v` visual tokens a method leaves.
+
+    Some methods (PruMerge) keep as many as an image asks for, and in some families (LLaVA-NeXT) the tokens of an image
+    depend on its shape: there the caller says how many are `kept`.
+
+    Raises:
+        ValueError: for a bad method or option, if `kept` is needed and missing, or if it is not in 0..v.
+    """
+    return _left(_parse(visual_reduction, v, config), v, config, kept)
+
+
+def visual_tokens_by_layer(
+    v: int, n_layers: int, visual_reduction: dict | None, config=None, *, kept: int | None = None
+) -> list[int]:
+    """How many of `v` visual tokens each of `n_layers` decoder layers sees. Arguments and errors as in
+    [`kept_visual_tokens`]."""
+    reduction = _parse(visual_reduction, v, config, n_layers)
+    left = _left(reduction, v, config, kept)
+    first = 0 if reduction is None else reduction.first_layer
+    return [v if layer < first else left for layer in range(n_layers)]
+
+
+def _parse(visual_reduction: dict | None, v: int, config=None, n_layers: int | None = None) -> Reduction | None:
+    return parse_visual_reduction(visual_reduction, _sizes(v, config, n_layers))
+
+
+def _sizes(v: int, config=None, n_layers: int | None = None) -> ModelSizes:
+    """The sizes to check options against; where there is no vision config, those of one image of `v` tokens."""
+    if hasattr(config, "vision_config"):
+        return ModelSizes.of(config)
+    n_layers = n_layers or (10**6 if config is None else config.get_text_config().num_hidden_layers)
+    return ModelSizes(n_layers, 24, "clip_vision_model", v, False, False)
+
+
+def _left(reduction: Reduction | None, v: int, config, kept: int | None) -> int:
+    if kept is not None and (reduction is None or isinstance(reduction, StreamReduction)):
+        method = "no method" if reduction is None else reduction.method
+        raise ValueError(f"kept is {kept}; with {method}, the options say how many visual tokens stay")
+    if kept is not None:
+        if not 0 <= kept <= v:
+            raise ValueError(f"kept is {kept}; of {v} visual tokens, the valid range is 0 to {v}")
+        return kept
+    if reduction is None:
+        return v
+    left = reduction.left(v, _sizes(v, config))
+    if left is None:
+        raise ValueError(
+            f"how many of {v} visual tokens {reduction.method} keeps depends on the image: say how many are kept (--kept)"
+        )
+    return left
+
+
+def prefill_flops(
+    t: int,
+    v: int,
+    config=None,
+    *,
+    N: int | None = None,
+    h: int | None = None,
+    m: int | None = None,
+    L: int | None = None,
+    shortv_layers: Sequence[int] | None = None,
+    visual_reduction: dict | None = None,
+    kept: int | None = None,
+):
+    """FLOPs of the whole prefill with ShortV layers and token reduction (numerator of Eq. 5).
+
+    Args:
+        t, v: text and visual tokens before any reduction.
+        config: a ShortV, LLaVA or text config. Its `shortv_layers` and `visual_reduction` count unless one of `N`,
+            `shortv_layers` and `visual_reduction` is given.
+        N: number of ShortV layers, where it does not matter which.
+        h, m, L: hidden size, FFN size and number of layers instead of the config's.
+        shortv_layers, visual_reduction: instead of the config's.
+        kept: visual tokens that a method leaves, where its options do not say ([`kept_visual_tokens`]).
+
+    Raises:
+        ValueError: if N is not in 0..L, if a method drops tokens in the middle of the stack and N does not say which
+            layers are frozen, or for bad options.
+    """
+    if L is None:
+        if config is None:
+            raise ValueError("pass a config, or L with h and m")
+        L = config.get_text_config().num_hidden_layers
+    if N is None and shortv_layers is None and visual_reduction is None:
+        shortv_layers = getattr(config, "shortv_layers", ())
+        visual_reduction = getattr(config, "visual_reduction", None)
+    if N is not None and shortv_layers is not None:
+        raise ValueError("pass N or shortv_layers, not both")
+    N = len(shortv_layers or ()) if N is None else N
+    if not 0 <= N <= L:
+        raise ValueError(f"N is {N}; the model has {L} layers, so the valid range is 0 to {L}")
+    if shortv_layers is None and N and visual_reduction is not None:
+        reduction = _parse(visual_reduction, v, config, L)
+        if reduction is not None and reduction.first_layer:
+            raise ValueError(
+                f"{reduction.method} drops tokens at layer {reduction.first_layer}: pass shortv_layers instead of N = {N}"
+            )
+    counts = visual_tokens_by_layer(v, L, visual_reduction, config, kept=kept)
+    frozen = range(N) if shortv_layers is None else shortv_layers
+    return sum(layer_flops(t, count, config, frozen=layer in frozen, h=h, m=m) for layer, count in enumerate(counts))
+
+
+def flops_ratio(t: int, v: int, config=None, *, h=None, m=None, L=None, **reduced) -> float:
+    """FLOPs over those of the dense model (Eq. 5), between 0 and 1. Arguments as in [`prefill_flops`]."""
+    sparse = prefill_flops(t, v, config, h=h, m=m, L=L, **reduced)
+    return sparse / prefill_flops(t, v, config, N=0, h=h, m=m, L=L)
+
+
+def _check_counts(t: int, v: int):
+    if t < 0 or v < 0 or t + v == 0:
+        raise ValueError(f"t = {t} text and v = {v} visual tokens: both must be 0 or more, and not both 0")

@@ -1,0 +1,257 @@
+"""Rankings of decoder layers (paper Sections 2, 4.3 and 4.5).
+
+The Layer Contribution of layer i to tokens X (Eq. 2) is the KL divergence between the next-token distributions of the
+model M and of M_i, the model in which layer i alone leaves the hidden states of X as they are:
+
+    LC_i^X = KL(P_M || P_{M_i})          `kl="forward"`, the paper
+             KL(P_{M_i} || P_M)          `kl="reverse"`, the authors' released code
+
+in nats, at the last position of the prompt, averaged over samples. Layers with a low score are ineffective for X.
+
+    ranking = rank_layers(model, samples)
+    ranking.apply(model, 19)              # freeze visual tokens in the 19 most ineffective layers
+    ranking.save("ranking.json")
+
+Samples are looked at one after another; nothing but their scores is kept. (Greedy ranking goes through them L + 1 times:
+give it something that can be iterated again, such as `data.Samples`.)
+"""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from ..data import outputs
+from ..data.inputs import feature_mask, to_device
+from .freezing import check_model, check_tokens, measuring
+from .kl import check_direction, last_logits
+from .trace import Trace
+
+
+METRICS = ("lc", "greedy", "cosine", "random")
+
+
+@dataclass
+class LayerRanking:
+    """Decoder layers from the most ineffective to the most important, with where the order comes from.
+
+    Attributes:
+        scores: one per layer. "lc": mean KL in nats; "cosine": mean similarity; "random": random numbers; "greedy": the
+            mean joint KL in nats right after the layer was chosen.
+        order: layer ids, first the one to freeze first. Ascending scores, for "cosine" descending.
+        metric, tokens, kl, seed: arguments of [`rank_layers`]. `kl` is `None` for metrics without one.
+        sample_scores: `[n_samples][n_layers]`; empty for "random", and for "greedy", whose scores depend on all samples.
+        text_tokens, visual_tokens: mean numbers per sample, t and v of the FLOPs equations; `None` for "random".
+        model: `name`, `revision`, `architecture`, `dtype` and `num_hidden_layers`.
+        data: `name` (what the caller calls it), `samples` and `sha256` of the inputs.
+        versions: of the packages that matter.
+    """
+
+    scores: list[float]
+    order: list[int]
+    metric: str
+    tokens: str
+    kl: str | None
+    seed: int
+    sample_scores: list[list[float]] = field(default_factory=list)
+    text_tokens: float | None = None
+    visual_tokens: float | None = None
+    model: dict = field(default_factory=dict)
+    data: dict = field(default_factory=dict)
+    versions: dict = field(default_factory=dict)
+
+    def __post_init__(self):
+        if sorted(self.order) != list(range(len(self.scores))):
+            raise ValueError(f"order {self.order} is not a permutation of the {len(self.scores)} layers with scores")
+
+    def layers(self, num_layers: int) -> list[int]:
+        """The `num_layers` most ineffective layers. Raises `ValueError` if there are not so many."""
+        if not 0 <= num_layers <= len(self.order):
+            raise ValueError(f"cannot freeze {num_layers} layers: the ranking has {len(self.order)}")
+        return self.order[:num_layers]
+
+    def layers_for(self, config: PretrainedConfig, num_layers: int) -> list[int]:
+        """[`layers`] for a model with this config. Raises `ValueError` if it has another number of layers, too."""
+        n_layers = config.get_text_config().num_hidden_layers
+        if n_layers != len(self.order):
+            raise ValueError(f"the ranking is of a model with {len(self.order)} layers; this one has {n_layers}")
+        return self.layers(num_layers)
+
+    def check_layers(self, config: PretrainedConfig):
+        """Raises `ValueError` unless the layers that a config freezes are the first ones of this ranking, in its order."""
+        expected = self.layers_for(config, len(config.shortv_layers))
+        if config.shortv_layers != expected:
+            raise ValueError(
+                f"the config freezes layers {config.shortv_layers}; the first {len(expected)} of the ranking are {expected}"
+            )
+
+    def apply(self, model: Any, num_layers: int):
+        """Freeze visual tokens in the `num_layers` most ineffective layers of `model`.
+
+        Raises:
+            ValueError: if the model has another number of layers than the ranked one, or `num_layers` is out of range.
+        """
+        model.set_shortv_layers(self.layers_for(model.config, num_layers))
+
+    def save(self, file: str | Path):
+        """Write as JSON, in place of a file that is there."""
+        outputs.write_text(file, json.dumps(asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, file: str | Path) -> "LayerRanking":
+        """Read what [`save`] wrote. Raises `ValueError` if it is something else."""
+        try:
+            return cls(**json.loads(Path(file).read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file} is not a saved LayerRanking: {error}") from None
+
+
+def rank_layers(
+    model: PreTrainedModel,
+    samples: Iterable[dict] | None,
+    metric: str = "lc",
+    tokens: str = "visual",
+    kl: str = "forward",
+    seed: int = 0,
+    *,
+    data: str | None = None,
+    layers_per_batch: int = 4,
+) -> LayerRanking:
+    """Rank the decoder layers by how little they contribute to `tokens`, the most ineffective first.
+
+    Args:
+        model: a ShortV model, or a stock one after `apply_shortv(model, [])`; what it freezes at the moment does not count.
+        samples: model inputs as a processor returns them (`input_ids` `[B, S]`, `pixel_values`, ...), text rows without
+            images allowed (they count as 0 in "lc" and not at all in "cosine"), padding on either side. Every row of a
+            batch is a sample. Not needed for "random".
+        metric: "lc" (paper Section 2.2); "greedy" (ours: each next layer is the one whose joint freezing with those
+            chosen before costs least KL; about L/2 times the cost of "lc"); "cosine" (Table 6: mean cosine similarity
+            between a layer's input and output); "random" (seeded).
+        tokens: whose updates are frozen or compared: "visual", "text" or "all" (paper Figure 2, Table 7).
+        kl: "forward" (paper) or "reverse" (released code).
+        seed: of "random".
+        data: a name for the samples, kept in the ranking.
+        layers_per_batch: how many candidate layers share a forward pass. Changes memory and speed only.
+
+    Raises:
+        ValueError: for an unknown metric, tokens or kl, a model that is not a ShortV model, no samples, or no visual
+            token in any of them.
+    """
+    check_choices(metric, tokens, kl)
+    check_model(model)
+    ranking: dict[str, Any] = {
+        "metric": metric,
+        "tokens": tokens,
+        "kl": kl if metric in ("lc", "greedy") else None,
+        "seed": seed,
+        "model": _describe_model(model),
+        "versions": outputs.versions(),
+    }
+    if metric == "random":
+        generator = random.Random(seed)
+        scores = [generator.random() for _ in range(model.config.get_text_config().num_hidden_layers)]
+        return LayerRanking(scores=scores, order=_argsort(scores), **ranking)
+
+    summary = _DataSummary(data)
+    sample_scores = []
+    if metric == "greedy":
+        scores, order = _rank_greedily(model, summary, samples, tokens, kl, layers_per_batch)
+    else:
+        for sample in logging.tqdm(() if samples is None else samples, desc=f"{metric}, {tokens} tokens"):
+            with measuring(model):
+                trace = Trace(model, summary.add(model, sample), [], tokens)
+                if metric == "cosine":
+                    rows = trace.similarities()
+                    rows = rows[:, ~rows.isnan().any(0)]  # rows without such tokens have no similarity
+                else:
+                    rows = trace.divergences(range(trace.n_layers), trace.logits, kl, layers_per_batch)
+            sample_scores += rows.T.tolist()
+        scores = torch.tensor(sample_scores, dtype=torch.float64).mean(0).tolist() if sample_scores else []
+        order = _argsort(scores, descending=metric == "cosine")
+    return LayerRanking(scores=scores, order=order, sample_scores=sample_scores, **ranking, **summary.fields(tokens))
+
+
+def check_choices(metric: str = "lc", tokens: str = "visual", kl: str = "forward"):
+    """Raises `ValueError` for an unknown metric, tokens or KL direction."""
+    if metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}; use one of {', '.join(METRICS)}")
+    check_tokens(tokens)
+    check_direction(kl)
+
+
+def _rank_greedily(model, summary, samples, tokens, kl, layers_per_batch):
+    """Scores and order: layer by layer, the one whose freezing beside those chosen before costs least joint KL."""
+    with measuring(model):
+        samples = () if samples is None else samples if hasattr(samples, "__len__") else list(samples)
+        dense = [last_logits(model, summary.add(model, sample)).cpu() for sample in samples]
+        scores: dict[int, float] = {}
+        order: list[int] = []
+        left = list(range(model.config.get_text_config().num_hidden_layers))
+        for _ in logging.tqdm(range(len(left)), desc=f"greedy, {tokens} tokens"):
+            totals = torch.zeros(len(left), dtype=torch.float64)
+            for sample, target in zip(samples, dense, strict=True):
+                trace = Trace(model, to_device(model, sample), order, tokens)
+                totals += trace.divergences(left, target.to(trace.logits.device), kl, layers_per_batch).sum(1).cpu()
+            best = int(totals.argmin())
+            scores[left[best]] = float(totals[best] / max(1, summary.rows))
+            order.append(left.pop(best))
+    return [scores[layer] for layer in sorted(scores)], order
+
+
+class _DataSummary:
+    """What is kept of the samples: how many, how long, and a hash."""
+
+    def __init__(self, name: str | None):
+        self.name, self.rows, self.text, self.visual, self.hash = name, 0, 0, 0, hashlib.sha256()
+
+    def add(self, model: PreTrainedModel, sample: dict) -> dict:
+        """Count a sample; returns it on the model's device."""
+        for name in sorted(sample):
+            if torch.is_tensor(sample[name]):
+                tensor = sample[name].detach().cpu().contiguous()
+                self.hash.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+                self.hash.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        sample = to_device(model, sample)
+        visual = feature_mask(model.config, sample)
+        padding = sample.get("attention_mask")
+        n_tokens = int(visual.numel() if padding is None else padding.sum())
+        self.rows += len(visual)
+        self.visual += int(visual.sum())
+        self.text += n_tokens - int(visual.sum())
+        return sample
+
+    def fields(self, tokens: str) -> dict:
+        if self.rows == 0:
+            raise ValueError("no samples: the ranking needs at least one")
+        if tokens == "visual" and self.visual == 0:
+            raise ValueError("no sample holds visual tokens, so there is nothing to freeze")
+        return {
+            "text_tokens": self.text / self.rows,
+            "visual_tokens": self.visual / self.rows,
+            "data": {"name": self.name, "samples": self.rows, "sha256": self.hash.hexdigest()},
+        }
+
+
+def _describe_model(model: PreTrainedModel) -> dict:
+    config = model.config
+    base = getattr(config, "base_model_name_or_path", None)  # stock configs have no such field
+    own = base is None
+    name = model.name_or_path if own else base
+    return {
+        "name": Path(name).resolve().name if name and Path(name).is_dir() else name,  # no paths of this machine
+        "revision": getattr(config, "_commit_hash", None) if own else config.base_model_revision,
+        "architecture": type(model).__name__,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "num_hidden_layers": config.get_text_config().num_hidden_layers,
+    }
+
+
+def _argsort(scores: list[float], descending: bool = False) -> list[int]:
+    return sorted(range(len(scores)), key=lambda layer: -scores[layer] if descending else scores[layer])

@@ -1,0 +1,1 @@
+"""ShortV models behind servers."""
