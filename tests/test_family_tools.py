@@ -1,6 +1,7 @@
 """Every command with every family, on tiny random models with processors of their own; none of them names a family."""
 
 import json
+from pathlib import Path
 import sys
 
 import pytest
@@ -204,8 +205,9 @@ def test_check_repo(repo):
 TRIED = ("shortv_qwen2_5_vl", "shortv_gemma3")  # in processes of their own, which take long
 
 
-def test_serve(tmp_path, pictures):
+def test_serve(tmp_path, pictures, monkeypatch):
     """A family whose processor writes more than pixels; `test_serve.py` has the rest."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "serving")
     test_serve = pytest.importorskip("test_serve")  # needs the `serve` extra
     base = checkpoint(tmp_path / "base", "gemma3")
     shortv("build-repo", base, "--layers", "2,1", "--output", tmp_path / "repo")
