@@ -1,8 +1,8 @@
 """Every command with every family, on tiny random models with processors of their own; none of them names a family."""
 
 import json
-from pathlib import Path
 import sys
+from pathlib import Path
 
 import pytest
 import torch
