@@ -9,6 +9,7 @@ from helpers import IMAGE_SIZE, IMAGE_TOKEN, PATCH, VOCABULARY
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] | upper }}: "
     "{% for part in message['content'] if part['type'] == 'image' %}PICTURE\n{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'video' %}VIDEO\n{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }} {% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
@@ -103,7 +104,8 @@ def write_processor(folder, family="llava", tokenizer="words", ids=None):
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=1))
     picture = PICTURES.get(family, "<image>") if ids else "<image>"
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE.replace("PICTURE", picture))
+    template = CHAT_TEMPLATE.replace("PICTURE", picture).replace("VIDEO", picture.replace("<image>", "<video>"))
+    (folder / "chat_template.jinja").write_text(template)
     return folder
 
 

@@ -52,7 +52,7 @@ def test_flops_takes_v_from_the_model():
     result = invoke("flops")  # of the demonstration model
     assert result.exit_code == 0 and "t = 64, v = 64" in result.output and "8 of 12" in result.output
     result = invoke("flops", "--reduction", "prumerge")
-    assert "say how many are kept (--kept)" in str(result.exception)
+    assert "say how many are kept before the decoder (--kept)" in str(result.exception)
     assert invoke("flops", "--reduction", "prumerge", "--kept", 9).exit_code == 0
 
 
@@ -138,7 +138,8 @@ def test_help_needs_no_torch(arguments):
 
 def test_answers_are_never_markup(capsys):
     one = {"answer": "[/INST] [a] [b]c[/b]", "time_to_first_token_s": 0.01, "prefill_flops": 10**9}
-    one |= {"shortv_layers": [], "visual_reduction": None}
+    one |= {"shortv_layers": [], "visual_reduction": None, "visual_tokens_left": 4, "peak_memory_bytes": 2**20}
+    one |= {"language_model_flops": 10**8}
     timing = {"speed_up": 1.5, "speed_up_quartiles": [1.45, 1.55], "rounds": 5, "settled": True}
     print_comparison(
         {"dense": one, "shortv": one, "answers_agree": True, "prompt_tokens": 9, "visual_tokens": 4, **timing}, False
@@ -431,7 +432,7 @@ def test_comparison_stops_when_its_times_settle(monkeypatch):
         def time_to_first_token(self):
             return next(times)
 
-    monkeypatch.setattr(Conversation, "ask", lambda *_: Answer())
+    monkeypatch.setattr(Conversation, "ask", lambda *_, **__: Answer())
     times = iter([0.3, 0.2] * 40)  # dense, ShortV, in turn
     result = compare(model, processor, "how many ?", [], 3)
     assert result["settled"] and result["rounds"] == 5 and result["speed_up"] == pytest.approx(1.5)

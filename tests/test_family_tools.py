@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, OTHERS, REFUSED, SPECIAL, V4, make_stock
+from families import FAMILIES, OTHERS, REFUSED, SPECIAL, make_stock
 from PIL import Image
 from processor_files import write_processor
 from test_family_loading import write_checkpoint
@@ -31,14 +31,11 @@ from shortv_hf import cli  # noqa: E402
 
 
 IDS = {"<image>": 90, "<video>": 91, "<start>": 92, "<end>": 93}  # of `families.py`
-WITHOUT_TORCHVISION = ("llava", "llava_next", "gemma3")
 LAYERS = [2, 1]
 
 
 def checkpoint(folder, family):
     """An original checkpoint with a processor, which does not answer with special tokens."""
-    if family not in WITHOUT_TORCHVISION or V4:
-        pytest.importorskip("torchvision")
     write_checkpoint(folder, family)
     (folder / "generation_config.json").write_text(json.dumps({"suppress_tokens": SPECIAL, "pad_token_id": 0}))
     return write_processor(folder, family, ids=IDS)
@@ -196,7 +193,10 @@ def test_publish(repo):
 
 def test_check_repo(repo):
     assert not [str(check) for check in check_files(repo) if check.problem]
-    if json.loads((repo / "config.json").read_text())["model_type"] in TRIED:
+    model_type = json.loads((repo / "config.json").read_text())["model_type"]
+    if model_type in TRIED:
+        if "qwen" in model_type:  # who loads the repo without this package has upstream's processors only
+            pytest.importorskip("torchvision")
         checks = check_repo(str(repo))
         assert not [str(check) for check in checks if check.problem]
         assert "8 out, equal with and without a cache" in checks[-1].note

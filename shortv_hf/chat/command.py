@@ -20,6 +20,7 @@ from ..command_line.options import (
     ModelOption,
     Reduction,
     choose_model,
+    load_config,
     parse_layers,
     parse_reduction,
 )
@@ -28,7 +29,22 @@ from ..command_line.options import (
 def chat(
     model: DefaultModel = None,
     image: Annotated[
-        list[str] | None, typer.Option(help="Path or URL of a picture, composed on white; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            help="Path or URL of a picture, composed on white, or a directory of pictures, in the order of their names; may "
+            "be given several times."
+        ),
+    ] = None,
+    video: Annotated[
+        str | None,
+        typer.Option(help="Path of a video, for models that take one. Needs the `video` extra."),
+    ] = None,
+    max_frames: Annotated[
+        int, typer.Option(min=1, help="The most frames of the video, spaced evenly from its first to its last.")
+    ] = 32,
+    fps: Annotated[
+        float | None,
+        typer.Option(help="Frames of the video a second, where they are not too many.", show_default="--max-frames"),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="One question.", show_default="a conversation, with line editing and history")
@@ -36,16 +52,21 @@ def chat(
     layers: Layers = None,
     reduction: Reduction = None,
     dense: Annotated[bool, typer.Option("--dense", help="Freeze and drop nothing.")] = False,
-    compare: Annotated[bool, typer.Option("--compare", help="Ask the dense model and ShortV.")] = False,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Ask the dense model and ShortV: answers, visual tokens, time, FLOPs, memory."),
+    ] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
     json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     model_option: ModelOption = None,
 ):
-    """Ask a model about pictures: one answer, dense and ShortV compared, or a conversation that keeps its cache."""
+    """Ask a model about pictures or a video: one answer, dense and ShortV compared, or a conversation that keeps its cache."""
     from ..data.images import load_images
+    from ..data.video import load_video
     from ..hub.loading import demo_model, load
+    from ..upstream import visual_token_ids
     from .comparison import compare as compare_with_dense
     from .conversation import Conversation
 
@@ -53,19 +74,27 @@ def chat(
         raise ValueError("--dense freezes and drops nothing; it goes with none of --compare, --layers and --reduction")
     if prompt is None and (compare or json):
         raise ValueError("--compare and --json need a --prompt")
+    if fps is not None and fps <= 0:
+        raise ValueError(f"--fps is {fps}; it must be more than 0")
     chosen = [] if dense else None if layers is None else parse_layers(layers)
-    fields = {"visual_reduction": None} if dense else parse_reduction(reduction)
-    images = load_images(image or [])
     model = choose_model(model, model_option)
+    config = load_config(model)
+    if video is not None and "video" not in visual_token_ids(config):
+        raise ValueError(f"{model} takes no video: its family, {config.base_model_type}, has no token for one")
+    kind = "image" if video is None else "video"
+    fields = {"visual_reduction": None} if dense else parse_reduction(reduction, config, kind)
+    images = load_images(image or [])
+    videos = [] if video is None else [load_video(video, max_frames, fps)]
     loaded, processor = load(model, chosen, device, dtype, **fields)
     if model == demo_model():
         _say_what_the_demonstration_model_knows(images)
     if compare and prompt is not None:
-        _print_comparison(compare_with_dense(loaded, processor, prompt, images, max_new_tokens), json)
+        _print_comparison(compare_with_dense(loaded, processor, prompt, images, max_new_tokens, videos), json)
         return
     conversation = Conversation(loaded, processor, max_new_tokens)
     if prompt is not None:
-        answer = conversation.ask(prompt, images, on_text=None if json else partial(print, end="", flush=True))
+        on_text = None if json else partial(print, end="", flush=True)
+        answer = conversation.ask(prompt, images, on_text, videos)
         if json:
             found = {**asdict(answer), "shortv_layers": loaded.config.shortv_layers}
             found["visual_reduction"] = loaded.config.visual_reduction
@@ -80,7 +109,8 @@ def chat(
         sys.stdin.reconfigure(errors="surrogateescape")
     from rich.console import Console
 
-    Console(stderr=True).print("[dim]Ask about the pictures. An empty line ends the conversation.[/dim]")
+    what = "video" if videos else "pictures"
+    Console(stderr=True).print(f"[dim]Ask about the {what}. An empty line ends the conversation.[/dim]")
     while True:
         try:
             question = input("> ").strip()
@@ -90,8 +120,8 @@ def chat(
             return
         failure = None
         try:
-            conversation.ask(question, images, on_text=partial(print, end="", flush=True))
-            images = []
+            conversation.ask(question, images, partial(print, end="", flush=True), videos)
+            images, videos = [], []
         except KeyboardInterrupt:
             failure = "shortv: interrupted"
         except Exception as error:
@@ -132,16 +162,18 @@ def _print_comparison(result: dict, as_json: bool):
     from rich.table import Table
     from rich.text import Text
 
-    title = f"{result['prompt_tokens']} prompt tokens, {result['visual_tokens']} of them visual"
-    table = Table(title=title)
-    for column in ("", "answer", "time to first token", "prefill GFLOPs", "frozen layers"):
-        table.add_column(column, justify="left" if column in ("", "answer") else "right")
     reduction = result["shortv"]["visual_reduction"]
     ours = "ShortV" if reduction is None else f"ShortV + {reduction['method']}"
-    for name, label in (("dense", "dense"), ("shortv", ours)):
-        row = result[name]
-        time, flops = f"{1000 * row['time_to_first_token_s']:.1f} ms", f"{row['prefill_flops'] / 1e9:.3f}"
-        table.add_row(label, Text(row["answer"]), time, flops, str(len(row["shortv_layers"])))  # never markup
+    rows = [result["dense"], result["shortv"]]
+    table = Table(title=f"{result['prompt_tokens']} prompt tokens, {result['visual_tokens']} of them visual")
+    for column in ("", "dense", ours):
+        table.add_column(column)
+    table.add_row("answer", *(Text(row["answer"]) for row in rows))  # never markup
+    table.add_row("frozen layers", *(str(len(row["shortv_layers"])) for row in rows))
+    table.add_row("visual tokens in the last layer", *(str(row["visual_tokens_left"]) for row in rows))
+    table.add_row("time to first token", *(f"{1000 * row['time_to_first_token_s']:.1f} ms" for row in rows))
+    table.add_row("prefill GFLOPs, vision tower included", *(f"{row['prefill_flops'] / 1e9:.3f}" for row in rows))
+    table.add_row("peak memory above the weights", *(f"{row['peak_memory_bytes'] / 2**20:.1f} MiB" for row in rows))
     console = Console()
     console.print(table)
     low, high = result["speed_up_quartiles"]
@@ -149,6 +181,7 @@ def _print_comparison(result: dict, as_json: bool):
     time = f"{result['speed_up']:.2f}x to the first token ({spread})"
     if not result["settled"]:
         time = f"times scatter too much to compare ({spread}; the model is small or the machine is busy)"
-    flops = result["shortv"]["prefill_flops"] / result["dense"]["prefill_flops"]
+    whole, text = (rows[1][name] / rows[0][name] for name in ("prefill_flops", "language_model_flops"))
     agree = "the answers agree" if result["answers_agree"] else "the answers differ"
-    console.print(f"{ours}: {flops:.1%} of the prefill's FLOPs; {agree}; {time}")
+    flops = f"{text:.1%} of the language model's prefill FLOPs ({whole:.1%} with the vision tower)"
+    console.print(f"{ours}: {flops}; {agree}; {time}")

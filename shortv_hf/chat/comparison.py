@@ -1,34 +1,50 @@
-"""The same question to the dense model and to ShortV: answers, time to the first token, FLOPs."""
+"""The same question to the dense model and to ShortV: answers, visual tokens, time to the first token, FLOPs, memory."""
 
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
+from PIL import Image
 from transformers import ProcessorMixin
 
-from ..data.inputs import to_device
-from ..data.sources import Case, encode
-from ..flops.meters import language_model_flops
+from ..data.images import to_rgb
+from ..data.inputs import encode_messages, to_device
+from ..data.prompts import user_message
+from ..data.video import Video
+from ..flops.meters import profile_prefill
+from ..upstream import text_model
 from .conversation import Answer, Conversation
 
 
 MIN_ROUNDS, MAX_ROUNDS, MAX_SECONDS, SETTLED = 5, 40, 20.0, 0.1
 
 
-def compare(model: Any, processor: ProcessorMixin, prompt: str, images: list, max_new_tokens: int) -> dict:
+def compare(
+    model: Any,
+    processor: ProcessorMixin,
+    prompt: str,
+    images: Sequence[Image.Image],
+    max_new_tokens: int,
+    videos: Sequence[Video] = (),
+) -> dict:
     """The same question to the dense model and to the model as it is set (ShortV layers, token reduction): answers,
-    time to first token, counted FLOPs.
+    time to first token, and what the prefill takes.
 
     The answers come first and warm up. Then the two are timed in turn, in rounds, until the quartiles of the speed-up
     (dense over ours within a round) are within a tenth of its median, for at most 40 rounds or 20 seconds.
 
     Returns:
-        By "dense" and "shortv": `answer`, median `time_to_first_token_s`, `prefill_flops`, settings. Beside them
+        By "dense" and "shortv": `answer`, median `time_to_first_token_s`, settings; of the prefill `visual_tokens_left`
+        in the last layer, counted `prefill_flops` with the vision tower and `language_model_flops` without, and
+        `peak_memory_bytes` above the weights. Beside them
         `speed_up` (median), `speed_up_quartiles`, `rounds`, and whether they `settled`: a small model on a busy machine
         does not, and its speed-up says nothing.
     """
     variants: dict[str, tuple[list[int], dict | None]] = {"dense": ([], None), "shortv": model.settings}
-    inputs = to_device(model, encode(Case(tuple(images), prompt), processor))
+    images = [to_rgb(image) for image in images]
+    message = user_message(prompt, images, processor, videos)
+    inputs = to_device(model, encode_messages([message], processor, images, videos))
     result: dict[str, Any] = {}
     answers: dict[str, Answer] = {}
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -36,14 +52,14 @@ def compare(model: Any, processor: ProcessorMixin, prompt: str, images: list, ma
     def ask(name, n_tokens):
         layers, reduction = variants[name]
         with model.using(shortv_layers=layers, visual_reduction=reduction):
-            return Conversation(model, processor, n_tokens).ask(prompt, images)
+            return Conversation(model, processor, n_tokens).ask(prompt, images, videos=videos)
 
     for name, (layers, reduction) in variants.items():
         answers[name] = ask(name, max_new_tokens)
         with model.using(shortv_layers=layers, visual_reduction=reduction):
-            flops = language_model_flops(model, inputs)
+            profile = _profile(model, inputs, answers[name].visual_tokens)
         settings = {"shortv_layers": list(layers), "visual_reduction": reduction}
-        result[name] = {"answer": answers[name].text, "prefill_flops": flops, **settings}
+        result[name] = {"answer": answers[name].text, **profile, **settings}
     start, settled = time.perf_counter(), False
     while not settled and len(times["dense"]) < MAX_ROUNDS and time.perf_counter() - start < MAX_SECONDS:
         for name in variants:
@@ -60,3 +76,23 @@ def compare(model: Any, processor: ProcessorMixin, prompt: str, images: list, ma
     result["prompt_tokens"], result["visual_tokens"] = last.prompt_tokens, last.visual_tokens
     result["answers_agree"] = answers["dense"].token_ids == last.token_ids
     return result
+
+
+def _profile(model: Any, inputs: dict, visual_tokens: int) -> dict:
+    """What one prefill takes, and how many of its visual tokens are still in the last layer: only they can leave."""
+    lengths: list[int] = []
+
+    def measure(layer: Any, args: tuple, output: Any):  # tokens can leave in the last layer itself
+        lengths.append((output[0] if isinstance(output, tuple) else output).shape[1])
+
+    hook = text_model(model.model).layers[-1].register_forward_hook(measure)
+    try:
+        profile = profile_prefill(model, inputs)
+    finally:
+        hook.remove()
+    return {
+        "visual_tokens_left": visual_tokens - (inputs["input_ids"].shape[1] - lengths[0]),
+        "prefill_flops": profile["flops"],
+        "language_model_flops": profile["language_model_flops"],
+        "peak_memory_bytes": profile["peak_memory_bytes"],
+    }

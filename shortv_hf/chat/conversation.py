@@ -1,4 +1,4 @@
-"""A conversation with a model about images, on one cache. Works with ShortV repos and original checkpoints."""
+"""A conversation with a model about images and videos, on one cache. Works with ShortV repos and original checkpoints."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -12,8 +12,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from ..cache import KeptLayer
 from ..data.images import to_rgb
-from ..data.inputs import to_device, visual_mask
+from ..data.inputs import encode_messages, to_device, visual_mask
 from ..data.prompts import user_message
+from ..data.video import Video
 from ..upstream import CACHE
 
 
@@ -100,6 +101,7 @@ class Conversation:
     max_new_tokens: int = 256
     messages: list[dict] = field(default_factory=list)
     _images: list = field(default_factory=list)
+    _videos: list = field(default_factory=list)
     _ids: torch.Tensor | None = None  # of the conversation so far, its last answer included; `[1, n]`
     _cache: DynamicCache | None = None
     _rope_deltas: torch.Tensor | None = None  # of the Qwens: how far positions lag behind the tokens of the cache
@@ -107,9 +109,13 @@ class Conversation:
 
     @torch.inference_mode()
     def ask(
-        self, prompt: str, images: Sequence[Image.Image] = (), on_text: Callable[[str], None] | None = None
+        self,
+        prompt: str,
+        images: Sequence[Image.Image] = (),
+        on_text: Callable[[str], None] | None = None,
+        videos: Sequence[Video] = (),
     ) -> Answer:
-        """Ask the next question, about `images` (Pillow's) too if there are new ones. Greedy decoding.
+        """Ask the next question, about `images` (Pillow's) and `videos` too if there are new ones. Greedy decoding.
 
         After an error or an interruption the conversation is as it was before this turn.
 
@@ -119,7 +125,7 @@ class Conversation:
         """
         before = self._state()
         try:
-            return self._turn(prompt, [to_rgb(image) for image in images], on_text)
+            return self._turn(prompt, [to_rgb(image) for image in images], list(videos), on_text)
         except BaseException:
             self._restore(*before)
             raise
@@ -138,18 +144,19 @@ class Conversation:
         if self._cache is not None and (was_cut or not _crop(self._cache, lengths)):
             self._ids, self._cache = None, None
 
-    def _turn(self, prompt: str, images: list, on_text: Callable[[str], None] | None) -> Answer:
-        messages = [*self.messages, user_message(prompt, images, self.processor)]
+    def _turn(self, prompt: str, images: list, videos: list, on_text: Callable[[str], None] | None) -> Answer:
+        messages = [*self.messages, user_message(prompt, images, self.processor, videos)]
         reduction = self.model.model._active_reduction()
-        if images and self.messages and reduction is not None and reduction.looks_at_last_token:
+        if (images or videos) and self.messages and reduction is not None and reduction.looks_at_last_token:
             raise ValueError(
                 f"{reduction.method} chooses tokens at the end of a prompt; a new picture needs a new conversation"
             )
         self._was_cut = False
-        n_known, self._images = len(self._images), [*self._images, *images]
+        n_known = len(self._images)
+        self._images, self._videos = [*self._images, *images], [*self._videos, *videos]
         inputs = self._encode(messages)
         stream = _Stream(self.processor, on_text)
-        pictures = self._new_pictures(inputs, n_known)
+        pictures = None if videos else self._new_pictures(inputs, n_known)
         n_cached = self._start() if pictures is None else self._resume(inputs["input_ids"])
         if n_cached and hasattr(self.model.model, "rope_deltas"):  # they can be of another conversation by now
             self.model.model.rope_deltas = self._rope_deltas
@@ -186,9 +193,7 @@ class Conversation:
     def _encode(self, messages: list[dict]) -> dict:
         """Model inputs for the whole conversation. The tokens of a text are not those of its parts one after the other, so
         it is always cut into tokens as a whole."""
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        options = {"images": self._images} if self._images else {}
-        return to_device(self.model, dict(self.processor(text=text, return_tensors="pt", **options)))
+        return to_device(self.model, encode_messages(messages, self.processor, self._images, self._videos))
 
     def _new_pictures(self, inputs: dict, n_known: int) -> dict | None:
         """Of the inputs of the whole prompt, those of the pictures behind the first `n_known`: `{}` if there are none.

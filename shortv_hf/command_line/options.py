@@ -53,11 +53,20 @@ def parse_layers(layers: str) -> list[int]:
     return parse_numbers(layers, "--layers", "layer ids")
 
 
-def parse_reduction(reduction: str | None) -> dict:
-    """The config field that a --reduction option sets, as keyword arguments."""
-    from ..reduction import visual_reduction_from_text
+def parse_reduction(reduction: str | None, config=None, kind: str = "image") -> dict:
+    """The config field that a --reduction option sets, as keyword arguments.
 
-    return {} if reduction is None else {"visual_reduction": visual_reduction_from_text(reduction)}
+    Of a method whose options depend on the model, the bare name stands for its `defaults(config, kind)`: those for the
+    model's `config` and the `kind` of input, "image" or "video".
+    """
+    from ..reduction import METHODS, visual_reduction_from_text
+
+    if reduction is None:
+        return {}
+    defaults = getattr(METHODS.get(reduction.strip()), "defaults", None)
+    if defaults is not None and config is not None:
+        return {"visual_reduction": defaults(config, kind)}
+    return {"visual_reduction": visual_reduction_from_text(reduction)}
 
 
 def choose_model(model: str | None, option: str | None) -> str:

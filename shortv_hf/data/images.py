@@ -1,6 +1,7 @@
 """Pictures as the models take them: RGB, 8 bits per channel, upright. Every picture that this package reads passes here.
 
     load_image("photo.png")          # a path, or a http(s), file or data URL
+    load_images(["photo.png", "holiday"])  # of a directory, all pictures in it
     to_rgb(Image.open("photo.png"))  # what Pillow holds already
 
 Rules, where a picture can be read in more than one way:
@@ -12,6 +13,7 @@ Rules, where a picture can be read in more than one way:
 """
 
 import os
+import re
 from collections.abc import Iterable
 from io import BytesIO
 from pathlib import Path
@@ -24,13 +26,40 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 TIMEOUT = 30  # seconds that a server may be silent
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # TIFF tags
 
 
 def load_images(names: Iterable[str | os.PathLike]) -> list[Image.Image]:
-    """[`load_image`] of each."""
-    return [load_image(name) for name in names]
+    """[`load_image`] of each; of a directory, all pictures in it, in the order of their names (2.png before 10.png).
+
+    Raises:
+        ValueError: as `load_image`, and for a directory without pictures.
+    """
+    found: list[str | os.PathLike] = []
+    for name in names:
+        try:
+            path = Path(name).expanduser()
+            is_folder = path.is_dir()
+        except (OSError, RuntimeError):  # a long data URL; a user that does not exist
+            is_folder = False
+        found += pictures_in(path) if is_folder else [name]
+    return [load_image(name) for name in found]
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The files in a directory whose names are those of pictures. Raises `ValueError` if there are none."""
+    files = [file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")]
+    if not files:
+        raise ValueError(f"the directory {_shown(folder)} holds no pictures ({', '.join(SUFFIXES)})")
+
+    def natural(file: Path) -> list[tuple[int, str]]:
+        return [
+            (int(part), "") if part.isdecimal() else (0, part.casefold()) for part in re.split(r"(\d+)", file.name)
+        ]
+
+    return sorted(files, key=natural)
 
 
 def load_image(name: str | os.PathLike) -> Image.Image:

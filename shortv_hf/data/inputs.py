@@ -1,9 +1,22 @@
 """Model inputs as a processor returns them: where they hold visual tokens, where they end, and how they get to a model."""
 
+from collections.abc import Sequence
+
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from PIL import Image
+from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 from ..upstream import visual_token_ids
+from .video import Video, video_arguments
+
+
+def encode_messages(
+    messages: list[dict], processor: ProcessorMixin, images: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
+) -> dict:
+    """Model inputs of a conversation, by the processor's chat template, with all the images and videos in it."""
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    given = {"images": list(images)} if images else {}
+    return dict(processor(text=text, return_tensors="pt", **given, **video_arguments(videos)))
 
 
 def visual_mask(config: PretrainedConfig, input_ids: torch.Tensor) -> torch.Tensor:

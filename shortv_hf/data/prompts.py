@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from transformers import ProcessorMixin
 
 
-def user_message(prompt: str, images: Sequence, processor: ProcessorMixin) -> dict:
-    """The message with a place for each of the `images`, and the prompt after them.
+def user_message(prompt: str, images: Sequence, processor: ProcessorMixin, videos: Sequence = ()) -> dict:
+    """The message with a place for each of the `images` and of the `videos`, and the prompt after them.
 
     The text of a special token, `<image>` above all, is no token in a prompt: it gets a space, `< image>`. The processor
     looks for image tokens in the text, before any tokenizer, so nothing but the text can tell them apart.
@@ -19,7 +19,8 @@ def user_message(prompt: str, images: Sequence, processor: ProcessorMixin) -> di
     for token in (*placeholders, *processor.tokenizer.all_special_tokens):
         if len(token) > 1:
             prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
-    return {"role": "user", "content": [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]}
+    places = [{"type": "image"} for _ in images] + [{"type": "video"} for _ in videos]
+    return {"role": "user", "content": [*places, {"type": "text", "text": prompt}]}
 
 
 def check_utf8(prompt: str):

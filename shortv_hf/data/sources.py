@@ -25,6 +25,7 @@ from transformers import ProcessorMixin
 
 from . import shapes
 from .images import load_image, to_rgb
+from .inputs import encode_messages
 from .prompts import check_utf8, user_message
 
 
@@ -97,8 +98,7 @@ def split_sources(data: str | Sequence[str]) -> list[str]:
 def encode(case: Case, processor: ProcessorMixin) -> dict:
     """Model inputs of one case, by the processor's chat template."""
     images = [to_rgb(image) for image in case.images]
-    text = processor.apply_chat_template([user_message(case.prompt, images, processor)], add_generation_prompt=True)
-    return dict(processor(images=images or None, text=text, return_tensors="pt"))
+    return encode_messages([user_message(case.prompt, images, processor)], processor, images)
 
 
 def _from_hub(name: str, repos: Sequence[str], stream: Callable) -> Callable:

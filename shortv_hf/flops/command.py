@@ -48,7 +48,7 @@ def flops(
     if layers is not None:
         config.shortv_layers = parse_layers(layers)
     if reduction is not None:
-        config.visual_reduction = parse_reduction(reduction)["visual_reduction"]
+        config.visual_reduction = parse_reduction(reduction, config)["visual_reduction"]
     config.validate_shortv()
     if visual_tokens is None:
         visual_tokens = visual_tokens_of(config)

@@ -60,7 +60,7 @@ def build_repo(
         loaded = LayerRanking.load(ranking)
         config.shortv_layers = loaded.layers_for(config, num_layers)
     if reduction is not None:
-        config.visual_reduction = parse_reduction(reduction)["visual_reduction"]
+        config.visual_reduction = parse_reduction(reduction, config)["visual_reduction"]
     config.validate_shortv()
     build.build_repo_from_base(config, output, processor_dir, include_weights, overwrite, loaded)
     base, commit = config.base_model_name_or_path, config.base_model_revision

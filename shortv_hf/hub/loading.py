@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file
 
+from ..data.plain_processor import plain_class
 from ..modeling_shortv import MODELS, apply_shortv
 from ..upstream import visual_token_ids
 from .names import is_hub_id
@@ -84,10 +85,11 @@ def load_processor(model: str, config: PretrainedConfig) -> ProcessorMixin:
     """
     base = getattr(config, "base_model_name_or_path", None)
     found = partial(cached_file, filename="tokenizer_config.json", _raise_exceptions_for_missing_entries=False)
+    loader = plain_class(config) or AutoProcessor
     try:
         if found(model) is not None or base is None or base == model:
-            return AutoProcessor.from_pretrained(model)
-        return AutoProcessor.from_pretrained(base, revision=config.base_model_revision)
+            return loader.from_pretrained(model)
+        return loader.from_pretrained(base, revision=config.base_model_revision)
     except (OSError, ValueError, ImportError) as error:  # an import of torchvision, which some families' need
         where = model if base is None or base == model else f"{model} or its base {base}"
         raise ValueError(f"no processor can be loaded from {where}: {' '.join(str(error).split())}") from error

@@ -17,6 +17,7 @@ from transformers.cache_utils import DynamicLayer
 
 from shortv_hf.chat import comparison
 from shortv_hf.chat import conversation as chat
+from shortv_hf.command_line.options import parse_reduction
 from shortv_hf.data import scoring as evaluation
 from shortv_hf.data import sources as calibration_data
 from shortv_hf.flops import flops_ratio
@@ -111,8 +112,24 @@ def test_compare(repo, images):
     assert result["shortv"]["shortv_layers"] == [3, 1] and result["dense"]["shortv_layers"] == []
     assert model.config.shortv_layers == [3, 1]
     v, t = result["visual_tokens"], result["prompt_tokens"] - result["visual_tokens"]
-    counted = result["shortv"]["prefill_flops"] / result["dense"]["prefill_flops"]
+    counted = result["shortv"]["language_model_flops"] / result["dense"]["language_model_flops"]
     assert counted == pytest.approx(flops_ratio(t, v, model.config, N=2), rel=0.01)
+    for found in (result["dense"], result["shortv"]):
+        assert found["visual_tokens_left"] == v and found["peak_memory_bytes"] > 0
+        assert found["prefill_flops"] > found["language_model_flops"]  # the vision tower's are among them
+
+
+@pytest.mark.parametrize(
+    ("reduction", "left"), [("fastv:k=2,ratio=0.5", 8), ("vtw:k=2", 0), ("random:token_num=6", 6)]
+)
+@pytest.mark.parametrize("repo", ["llava"], indirect=True)
+def test_compare_counts_what_is_left_in_the_last_layer(repo, images, reduction, left, monkeypatch):
+    monkeypatch.setattr(comparison, "MAX_ROUNDS", 1)
+    model, processor = loading.load(str(repo), **parse_reduction(reduction))
+    result = comparison.compare(model, processor, "what is this ?", images[:1], max_new_tokens=2)
+    assert result["dense"]["visual_tokens_left"] == 16 and result["shortv"]["visual_tokens_left"] == left
+    # The tokens that a method takes out after the vision tower are in the processor's prompt all the same
+    assert result["visual_tokens"] == 16 and result["shortv"]["prefill_flops"] < result["dense"]["prefill_flops"]
 
 
 def test_layers_on_request(repo):
@@ -356,7 +373,7 @@ class TestCommand:
         code, out = shortv(*arguments, "--json")
         assert code == 0 and set(json.loads(out.splitlines()[-1])) >= {"dense", "shortv", "answers_agree"}
         code, out = shortv(*arguments)
-        assert code == 0 and "of the prefill's FLOPs" in " ".join(out.split())
+        assert code == 0 and "of the language model's prefill FLOPs" in " ".join(out.split())
 
     def test_conversation(self, shortv, repo, picture, monkeypatch):
         lines = iter(["what is this ?", "is this red ?", ""])
@@ -397,7 +414,7 @@ class TestCommand:
         lines, asked = iter(["what ?", "what ?", "is this red ?", ""]), []
         monkeypatch.setattr("builtins.input", lambda _: next(lines))
 
-        def ask(self, prompt, images, on_text):
+        def ask(self, prompt, images, on_text, videos):
             asked.append(len(images))
             if len(asked) == 1:
                 raise RuntimeError("out of memory\nin detail")
@@ -416,7 +433,7 @@ class TestCommand:
             (["--image", "/no/such/picture.png"], "no such file"),
             (["--image", "BROKEN"], "it is no picture that Pillow can read"),
             (["--image", "http://127.0.0.1:9/picture.png"], "picture.png: Connection refused"),
-            (["--image", "/"], "cannot read the image /: it is a directory"),
+            (["--image", "NOTHING"], "nothing holds no pictures"),
             (["--image", "~/no such picture.png"], "no such file"),
             (["--image", "file:///no%20such.png"], "no such file"),
             (["--prompt", "caf\udce9"], "the prompt is not valid UTF-8 at character 4"),
@@ -435,7 +452,9 @@ class TestCommand:
         model.save_pretrained(tmp_path / "repo")
         write_processor(tmp_path / "repo")
         (tmp_path / "broken.png").write_bytes(b"no picture")
-        arguments = [str(tmp_path / "broken.png") if a == "BROKEN" else a for a in arguments]
+        (tmp_path / "nothing").mkdir()
+        files = {"BROKEN": str(tmp_path / "broken.png"), "NOTHING": str(tmp_path / "nothing")}
+        arguments = [files.get(a, a) for a in arguments]
         if "--model" not in arguments:
             arguments += ["--model", tmp_path / "repo"]
         code, _ = shortv("--prompt", "what ?", *arguments)

@@ -101,8 +101,9 @@ def assert_same_picture(file: Path, repo: str):
     assert (one - other).abs().mean() < 3, f"{committed} is out of date"
 
 
-def test_card_of_the_demonstration_model_is_what_the_script_writes(tmp_path, monkeypatch):
-    folder = ROOT / "hub_configs" / "shortv-shapes-demo"
+@pytest.mark.parametrize("name", ["shortv-shapes-demo", "shortv-moving-shapes-demo"])
+def test_card_of_a_demonstration_model_is_what_the_script_writes(name, tmp_path, monkeypatch):
+    folder = ROOT / "hub_configs" / name
     if not (folder / "results.json").is_file():
         pytest.skip("the demonstration model is not there yet")
     monkeypatch.syspath_prepend(str(ROOT / "scripts"))
