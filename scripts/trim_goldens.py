@@ -3,9 +3,12 @@
     python scripts/trim_goldens.py shortv FULL_DIR        # run in full: SHORTV_GOLDENS=FULL_DIR pytest tests/test_goldens.py
     python scripts/trim_goldens.py reductions FULL_DIR    # SHORTV_REDUCTION_GOLDENS=FULL_DIR pytest tests/test_reduction_goldens.py
 
+    python scripts/trim_goldens.py illava FULL_DIR        # SHORTV_REDUCTION_GOLDENS=FULL_DIR pytest tests/test_illava_goldens.py
+
 For the reductions FULL_DIR holds `fastv_vtw` and `vtc_cls_prumerge`. Their three models are too large to carry, so the
 small set tests what the methods choose and compute, not the logits that follow: FastV's scores and kept tokens from the
 first two decoder layers, VTC-CLS's with the whole vision tower, PruMerge's tokens from the input of CLIP's last layer.
+For iLLaVA it holds `illava`: Qwen2-VL's model is carried whole, of LLaVA-OneVision's the vision tower.
 """
 
 import argparse
@@ -24,7 +27,7 @@ INPUTS = {"input_ids", "attention_mask", "pixel_values", "image_sizes", "visual_
 LOGITS = {"prefill_logits_last", "step_logits", "generated_ids"}
 CASES = {  # variant: case file → expected tensors kept beside the logits, as prefix/name
     "llava15_mha": {
-        "k05": {"mixed5/hidden_states", "mixed5/key_cache", "mixed5/value_cache"},
+        "k05": {"mixed5/key_cache", "mixed5/value_cache"},
         "k17": {"all/last_hidden_state"},
         "batch2_same_length": set(),
     },
@@ -40,6 +43,44 @@ FASTV = (  # their scores need no more than two layers
 )  # fmt: skip
 VTC_CLS = ("a_vtc_l0_t9", "a_vtc_lm2_t12", "a_vtc_l0_t2")
 PRUMERGE = ("b_prumerge_i11", "b_prumerge_plus_i11", "b_prumerge_plus_i17")
+
+
+ILLAVA = {
+    "ov": ("both_single", "both_video"),
+    "q2vl": ("both_image", "llm_two_images_adjacent", "llm_video", "both_video"),
+}
+ILLAVA_FIELDS = {
+    "kind", "illava_config", "patches_per_image", "hf_batch_num_images", "hf_vision_aspect_ratio",
+    "cache_len_per_layer_after_8_tokens",
+}  # fmt: skip
+
+
+def trim_illava(source: Path, target: Path):
+    for family, names in ILLAVA.items():
+        folder, tower_alone = target / family, family == "ov"
+        (folder / "cases").mkdir(parents=True, exist_ok=True)
+        (folder / "model").mkdir(exist_ok=True)
+        weights = load_file(source / family / "model" / "model.safetensors")
+        if tower_alone:
+            weights = {name: value for name, value in weights.items() if "language_model" not in name}
+        shutil.copyfile(source / family / "model" / "config.json", folder / "model" / "config.json")
+        save_file(weights, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+        cases = json.loads((source / family / "manifest.json").read_text())["cases"]
+        slim = {name: {key: value for key, value in cases[name].items() if key in ILLAVA_FIELDS} for name in names}
+        (folder / "manifest.json").write_text(json.dumps({"cases": slim}, indent=1) + "\n")
+        for name in names:
+            tensors = load_file(source / family / "cases" / f"{name}.safetensors")
+            kept = {
+                key: value
+                for key, value in tensors.items()
+                if not key.startswith("official") and "_official" not in key
+            }
+            if tower_alone:  # with the logits, which mark that a variant is there
+                kept = {k: v for k, v in kept.items() if "/" not in k or "/vit" in k or k == "fp32_causal/logits"}
+            save_file(kept, folder / "cases" / f"{name}.safetensors")
+    masks = load_file(source / "ov" / "vis_masks.safetensors")  # tests/pictures
+    kept = {name: mask for name, mask in masks.items() if name.startswith(("vis_1x1/", "both_video/"))}
+    save_file(kept, target / "ov" / "vis_masks.safetensors")
 
 
 def trim_shortv(source: Path, target: Path):
@@ -125,12 +166,14 @@ def trim_reductions(source: Path, target: Path):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=("shortv", "reductions"))
+    parser.add_argument("kind", choices=("shortv", "reductions", "illava"))
     parser.add_argument("source", type=Path, help="directory of the full set")
     arguments = parser.parse_args()
     kind, source = arguments.kind, arguments.source
     goldens = Path(__file__).parent.parent / "tests" / "goldens"
     if kind == "shortv":
         trim_shortv(source, goldens / "shortv")
+    elif kind == "illava":
+        trim_illava(source / "illava", goldens / "illava")
     else:
         trim_reductions(source, goldens / "reductions")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .modeling_shortv import *  # noqa: F403
 
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 
 
 def lazy_names(
@@ -46,7 +46,7 @@ def __getattr__(name: str) -> Any:
     # Which classes there are is known to `modeling_shortv` alone, so names are told by how they begin.
     if name == "AutoModelForVision2Seq":
         return import_module(".hub.auto", __name__).AutoModelForVision2Seq
-    if name == "__all__" or name.startswith("ShortV") or name == "apply_shortv":
+    if name == "__all__" or name.startswith("ShortV") or name in ("apply_shortv", "illava_defaults"):
         modules = [import_module(f".{each}", __name__) for each in ("configuration_shortv", "modeling_shortv")]
         names = {public: getattr(module, public) for module in modules for public in module.__all__}
         if name == "__all__":

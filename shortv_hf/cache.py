@@ -26,15 +26,15 @@ class KeptLayer(DynamicLayer):
         seen: tokens that the layer has seen.
         never_seen: `[B]`, how many tokens of each row never reached the language model, where positions after them are
             lower by as much; `None` if none. Kept by layer 0 only.
-        history: the lengths at which shortened chunks were added. Layers of one cache with the same history hold the
-            same tokens, so they can share a mask.
+        history: of each shortened chunk, the length at which it was added and the stage of its reduction. Layers of one
+            cache with the same history hold the same tokens, so they can share a mask.
         has_fillers: some slot is -1.
     """
 
     tokens: Tokens
     seen: int
     never_seen: Tensor | None
-    history: tuple[int, ...]
+    history: tuple[tuple[int, int], ...]
     has_fillers: bool
 
     @classmethod
@@ -62,10 +62,11 @@ class KeptLayer(DynamicLayer):
     def slots(self) -> Tensor:
         return self.tokens.slots
 
-    def add(self, tokens: Tokens, seen: int, shortened: bool, has_fillers: bool) -> None:
-        """Say what the next `update` adds: `tokens` `[B, Q]`, after which the layer has seen `seen`."""
-        if shortened:
-            self.history += (self.seen,)
+    def add(self, tokens: Tokens, seen: int, stage: int, has_fillers: bool) -> None:
+        """Say what the next `update` adds: `tokens` `[B, Q]`, after which the layer has seen `seen`. `stage` is 0 if they
+        are the whole chunk."""
+        if stage:
+            self.history += ((self.seen, stage),)
         new = tokens.to(self.slots.device)
         self._select(lambda held, added: torch.cat([held, added], dim=1), new)
         self.seen, self.has_fillers = seen, self.has_fillers or has_fillers

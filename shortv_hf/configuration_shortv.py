@@ -35,6 +35,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from .reduction import ModelSizes, parse_visual_reduction
 from .reduction_downsample import Downsample
 from .reduction_fastv import FastV
+from .reduction_illava import ILLaVA, illava_defaults
 from .reduction_prumerge import PruMerge, PruMergePlus
 from .reduction_random import RandomSubset
 from .reduction_vtc_cls import VTCCLS
@@ -43,7 +44,7 @@ from .upstream import has_tied_head, inherit_tables
 
 
 # What `config.visual_reduction` can name: methods are known from here on.
-REDUCTIONS = (Downsample, FastV, PruMerge, PruMergePlus, RandomSubset, VTCCLS, VTW)
+REDUCTIONS = (Downsample, FastV, ILLaVA, PruMerge, PruMergePlus, RandomSubset, VTCCLS, VTW)
 
 
 SHORTV_FIELDS = ("shortv_layers", "visual_reduction", "base_model_name_or_path", "base_model_revision")
@@ -296,4 +297,5 @@ __all__ = [
     "ShortVQwen2VLConfig",
     "ShortVQwen2_5_VLConfig",
     "ShortVQwen3VLConfig",
+    "illava_defaults",
 ]

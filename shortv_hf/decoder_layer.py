@@ -65,7 +65,7 @@ class ShortVDecoderLayerMixin(_Layer):
                 output = rows.write(hidden_states, output)
         if plan.stream is not None and plan.stream.looks_in(self.self_attn.layer_idx):
             with torch.no_grad():
-                self.self_attn.let_last_token_choose(plan.stream, self.input_layernorm(hidden_states), given)
+                self.self_attn.let_tokens_choose(plan.stream, self.input_layernorm(hidden_states), kwargs, given)
         return output
 
 
@@ -113,15 +113,17 @@ class ShortVAttentionMixin(_Attention):
         norm = getattr(self, f"{name}_norm", None)
         return (states if norm is None else norm(states)).transpose(1, 2)
 
-    def let_last_token_choose(self, stream: Stream, states: Tensor, kwargs: dict) -> None:
-        """Rank visual tokens by the last row of this attention, which has just run on the normed `states` `[B, S, h]`.
-        Its keys are in the cache; without one they are computed once more, 0.1 % of a 7B prefill."""
+    def let_tokens_choose(self, stream: Stream, states: Tensor, kwargs: dict, given: dict) -> None:
+        """Rank visual tokens by rows of this attention, which has just run on the normed `states` `[B, Q, h]` with
+        `kwargs`; `given` are the arguments before tokens left. The keys are in the cache; without one they are computed
+        once more, 0.1 % of a 7B prefill."""
+        lookers = stream.lookers(self.layer_idx)
         cos, sin = tables = own_tables(self, kwargs)
-        last = stream.last.select(cos), stream.last.select(sin)
-        query = rotate(self, self._heads("q", stream.last.select(states)), last)
+        theirs = lookers.select(cos), lookers.select(sin)
+        query = rotate(self, self._heads("q", lookers.select(states)), theirs)
         held = stream.held(self.layer_idx)
         key: Any = rotate(self, self._heads("k", states), tables) if held is None else held.keys
-        stream.choose(self, query, key, kwargs)
+        stream.choose(self, lookers, query, key, given)
 
 
 class Grafted:

@@ -1,8 +1,8 @@
 """ShortV models: Hugging Face vision-language models with visual tokens frozen in the layers of `config.shortv_layers`.
 
 Reading order: `decoder_layer.py` (the idea), `plan.py` (which tokens), then this file (where the plan is made).
-Token reduction (`config.visual_reduction`): `reduction.py` (what a method is), `reduction_….py` (the methods), `plan.py`
-(tokens leave the decoder), `vision.py` (features are cut before it).
+Token reduction (`config.visual_reduction`): `reduction.py` (what a method is), `reduction_….py` (the methods), `stream.py`
+(tokens leave the decoder), `vision.py` (features are cut before it), `tower.py` (patches are merged in the vision tower).
 
 Upstream's constructors build upstream's parts; ShortV's forwards are then grafted on them (`decoder_layer.py`).
 """
@@ -10,8 +10,9 @@ Upstream's constructors build upstream's parts; ShortV's forwards are then graft
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
+from math import isqrt
 from types import EllipsisType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +60,10 @@ from .configuration_shortv import (
 )
 from .decoder_layer import ShortVAttentionMixin, ShortVDecoderLayerMixin, graft, refuse_own_forward
 from .plan import Plan
-from .reduction import ImageReduction, ModelSizes, Reduction, is_dropped, parse_visual_reduction
+from .reduction import ModelSizes, Reduction, TowerReduction, TowerSizes, is_dropped, parse_visual_reduction
 from .rows import Rows
+from .stream import Stream
+from .tower import TowerMerging, listen_in_tower, pad
 from .upstream import (
     TextModel,
     cached_lengths,
@@ -77,11 +80,15 @@ from .upstream import (
     visual_token_ids,
     with_image_features,
 )
-from .vision import listen, reduced_features
+from .vision import SmallerGrid, listen, reduced_features
+from .windows import Length, Lengths, Windows, note
 
 
 logger = logging.get_logger(__name__)
-COPIED_TOO = (Rows,)  # of a local directory, 4.57 copies what this file imports itself, not what its imports import
+COPIED_TOO = (
+    Rows,
+    Stream,
+)  # of a local directory, 4.57 copies what this file imports itself, not what its imports import
 
 
 if TYPE_CHECKING:  # what the mixins are put before
@@ -236,7 +243,7 @@ class ShortVSettingsMixin(_Model):
         self.config.visual_reduction = validate_visual_reduction(visual_reduction, self.config)
 
 
-def _encoder(parents_method: Callable[..., Any]) -> Callable[..., Any]:
+def _encoder(kind: str, parents_method: Callable[..., Any]) -> Callable[..., Any]:
     """`get_image_features` or `get_video_features`, of the same signature: newer `generate` hands on only the arguments
     that it finds there, and what it does not hand on is lost without a word."""
 
@@ -247,7 +254,7 @@ def _encoder(parents_method: Callable[..., Any]) -> Callable[..., Any]:
         check_images(args[0] if args else kwargs.get("pixel_values", kwargs.get("pixel_values_videos")))
         if self.settings[1] is None:
             return parents_method(self, *args, **kwargs)
-        return self._reduced(functools.partial(parents_method, self, *args, **kwargs))
+        return self._reduced(kind, functools.partial(parents_method, self, *args, **kwargs))
 
     return method
 
@@ -264,9 +271,10 @@ class ShortVModelMixin(ShortVSettingsMixin):
         super().__init_subclass__(**kwargs)
         if ShortVModelMixin in cls.__bases__:
             parents_methods = super()
-            for name in ("get_image_features", "get_video_features"):
+            for kind in ("image", "video"):
+                name = f"get_{kind}_features"
                 if hasattr(parents_methods, name):
-                    setattr(cls, name, _encoder(getattr(parents_methods, name)))
+                    setattr(cls, name, _encoder(kind, getattr(parents_methods, name)))
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         validate_settings(config)
@@ -279,6 +287,7 @@ class ShortVModelMixin(ShortVSettingsMixin):
         check_text_model(text)
         _follow_plans(text)
         listen(self)
+        listen_in_tower(self)
         parameters = inspect.signature(super().forward).parameters.values()
         self._positional = tuple(each.name for each in parameters if each.kind is each.POSITIONAL_OR_KEYWORD)
 
@@ -312,7 +321,8 @@ class ShortVModelMixin(ShortVSettingsMixin):
         if plan is None or plan.reduction is None:
             return super().forward(**kwargs, **({} if plan is None else {"plan": plan}))
         as_tuple = kwargs.pop("return_dict", None) is False
-        output = super().forward(**kwargs, plan=plan)
+        with nullcontext() if plan.windows is None else plan.windows.lengths:
+            output = super().forward(**kwargs, plan=plan)
         features = used_image_features(output)
         if features is not None:
             set_used_image_features(output, features[~is_dropped(features)])
@@ -336,7 +346,7 @@ class ShortVModelMixin(ShortVSettingsMixin):
         validate_settings(self.config)  # the list can have been assigned since
         if reduction is None:
             return Plan.build(layers, visual_mask, padding if skip_padding else None) if layers else None
-        if isinstance(reduction, ImageReduction) and not present and visual_mask.any():
+        if reduction.cuts_images and not present and visual_mask.any():
             raise ValueError(
                 f"{reduction.method} reduces images, and `inputs_embeds` hold their features already; pass "
                 "`pixel_values`, or set visual_reduction to None"
@@ -345,7 +355,10 @@ class ShortVModelMixin(ShortVSettingsMixin):
             padding = padding[:, -visual_mask.shape[1] :]
         else:
             padding = None
-        return Plan(frozenset(layers), visual_mask, None, reduction, padding, skip_padding)
+        windows = None
+        if reduction.in_decoder is not None and reduction.in_decoder.per_image:
+            windows = self._windows(visual_mask, present, kwargs)
+        return Plan(frozenset(layers), visual_mask, None, reduction, padding, skip_padding, windows)
 
     def _active_reduction(self, select_strategy: str | None = None) -> Reduction | None:
         """The options of the reduction in force, or `None` if it changes nothing: the dense code runs then.
@@ -360,9 +373,9 @@ class ShortVModelMixin(ShortVSettingsMixin):
         reduction = parse_visual_reduction(options, sizes)
         return None if reduction is None or reduction.identity(sizes) else reduction
 
-    def _reduced(self, encode: functools.partial) -> Any:
-        """What `encode()`, the parent's method, returns; under an [`ImageReduction`] with the features that it leaves out
-        marked (`vision.py`). The lists keep their lengths, those of the placeholders in a prompt.
+    def _reduced(self, kind: str, encode: functools.partial) -> Any:
+        """What `encode()`, the parent's method for images or videos, returns. Under a method that cuts them, the features
+        that it leaves out are marked: the lists keep their lengths, those of the placeholders in a prompt.
 
         Raises:
             ValueError: the call's `vision_feature_select_strategy` does not go with the method.
@@ -370,19 +383,84 @@ class ShortVModelMixin(ShortVSettingsMixin):
         given = inspect.signature(encode.func).bind_partial(*encode.args, **encode.keywords).arguments
         given = {**given, **given.pop("kwargs", {})}
         reduction = self._active_reduction(given.get("vision_feature_select_strategy"))
-        if not isinstance(reduction, ImageReduction):
-            return encode()
-        return_dict = encode.keywords.get("return_dict")
-        outputs = []
+        if reduction is None or not reduction.cuts_images:
+            with Lengths():  # Qwen3-VL's encoder of videos calls that of images, which would note them too
+                output = encode()
+            note(kind, lambda: self._lengths(kind, image_features(output)))
+            return output
+        if given.get("return_dict") is not None:
+            encode = functools.partial(encode, return_dict=True)
+        if reduction.in_tower is not None:
+            layer = given.get("vision_feature_layer")
+            if layer not in (None, getattr(self.config, "vision_feature_layer", None)):
+                raise ValueError(
+                    f"{reduction.method} was checked for features of layer {self.config.vision_feature_layer}, and this "
+                    f"call asks for those of {layer}; set vision_feature_layer in the config"
+                )
+            output, marked = self._merged_in_tower(reduction.in_tower, encode)
+        else:
+            outputs = []
 
-        def features() -> list[Tensor]:
-            outputs.append(encode() if return_dict is None else encode(return_dict=True))
-            return image_features(outputs[0])
+            def features() -> list[Tensor]:
+                outputs.append(encode())
+                return image_features(outputs[0])
 
-        grid = next((given[name] for name in ("image_grid_thw", "video_grid_thw") if name in given), None)
-        marked = reduced_features(self, reduction, features, image_sizes=given.get("image_sizes"), grid_thw=grid)
-        output = with_image_features(outputs[0], marked)
-        return output.to_tuple() if return_dict is False else output
+            grid = next((given[name] for name in ("image_grid_thw", "video_grid_thw") if name in given), None)
+            assert reduction.on_images is not None  # it cuts images
+            marked = reduced_features(
+                self, reduction.on_images, features, image_sizes=given.get("image_sizes"), grid_thw=grid
+            )
+            output = outputs[0]
+        note(kind, lambda: self._lengths(kind, marked))
+        output = with_image_features(output, marked)
+        return output.to_tuple() if given.get("return_dict") is False else output
+
+    def _merged_in_tower(self, merging: TowerReduction, encode: functools.partial) -> tuple[Any, list[Tensor]]:
+        """What `encode()` returns if patches are merged in the tower; and the features, of the lengths that they have
+        without."""
+        sizes = ModelSizes.of(self.config)
+        tower = sizes.tower
+        assert tower is not None  # the method's check
+        with TowerMerging(self, merging, tower):
+            if tower.patches is None:  # the tower itself fills up to the lengths
+                output = encode()
+                return output, image_features(output)
+            side = isqrt(merging.left(tower.patches, tower.unit))
+            grid = SmallerGrid(self, side, tower.patches)
+            output = encode.func(grid.view, *encode.args[1:], **encode.keywords)
+        features = image_features(output)
+        lengths = grid.dense_lengths(features, sizes.patches)
+        return output, [pad(each, n) for each, n in zip(features, lengths, strict=True)]
+
+    def _lengths(self, kind: str, features: list[Tensor]) -> list[Length]:
+        """Of images or videos in a prompt, from their features `[n, h]`; none where features may be of tiles, or of a row."""
+        known = {name for each in MODELS for name in (each.config_class.model_type, each.config_class.base_model_type)}
+        if self.config.model_type not in known or hasattr(self.config, "downsample_ratio"):
+            return []
+        newline, tower = getattr(self, "image_newline", None), TowerSizes.of(self.config)
+        found = []
+        for each in features:
+            if newline is None or tower is None or tower.patches is None:
+                found.append(Length(len(each), False))
+                continue
+            left = each[~is_dropped(each)]
+            has_newline = torch.equal(left[-1], newline.to(left))
+            if kind == "video":  # up to 5.18, the model adds it to what its encoder returns
+                found.append(Length(len(each) + (not has_newline), True))
+            else:  # after the rows of tiles there are more
+                found.append(Length(len(each), has_newline and len(each) == tower.patches + 1))
+        return found
+
+    def _windows(self, visual_mask: Tensor, present: list[str], kwargs: dict) -> Windows:
+        """What is known before the pass of the images in this chunk; the encoders say how long they are."""
+        masks = {
+            kind: self._placeholders([kind], kwargs.get("input_ids"), kwargs.get("inputs_embeds")) for kind in present
+        }
+        windows = Windows(visual_mask, masks)
+        for kind, output in (kwargs.get("mm_encoder_outputs") or {}).items():
+            if kind in masks and output is not None:
+                windows.lengths[kind] = self._lengths(kind, image_features(output))
+        return windows
 
     # Where the visual tokens are
 
@@ -483,13 +561,13 @@ class ShortVHeadMixin(ShortVSettingsMixin, _Head):
         if reduction is not None and reduction.looks_at_last_token:
             if generation_mode == GenerationMode.ASSISTED_GENERATION:
                 raise ValueError(
-                    f"{reduction.method} ranks visual tokens by the attention of the prompt's last token; assisted decoding puts "
-                    "candidates after it. Use another method, or no assistant."
+                    f"{reduction.method} ranks visual tokens by attention in the prompt, mostly of its last token; assisted "
+                    "decoding puts candidates after it. Use another method, or no assistant."
                 )
             if generation_config.prefill_chunk_size is not None:
                 raise ValueError(
-                    f"{reduction.method} ranks visual tokens by the attention of the prompt's last token, which a chunk of the prompt "
-                    f"does not hold; prefill_chunk_size is {generation_config.prefill_chunk_size}, valid is None"
+                    f"{reduction.method} ranks visual tokens by attention in the prompt, mostly of its last token, which a chunk of "
+                    f"it does not hold; prefill_chunk_size is {generation_config.prefill_chunk_size}, valid is None"
                 )
 
     def prepare_inputs_for_generation(

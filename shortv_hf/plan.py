@@ -17,20 +17,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from .cache import KeptLayer, is_shortened
-from .reduction import ImageReduction, Reduction, StreamReduction, TokenMap, is_dropped, last_row_attention
-from .rows import Rows, Tokens, additive, mask_at, packed_sequences, within_window
-from .upstream import (
-    Attention,
-    argument,
-    find_cache,
-    keep_deepstack,
-    kind_of,
-    mask_sizes,
-    rotary_tables,
-    seen_by,
-    sliding_window,
-)
+from .cache import is_shortened
+from .reduction import Reduction
+from .rows import Rows, Tokens, additive, mask_at, packed_sequences
+from .stream import Stream
+from .upstream import Attention, argument, find_cache, kind_of, mask_sizes, rotary_tables, seen_by, sliding_window
+from .windows import Windows
 
 
 @dataclass
@@ -44,6 +36,7 @@ class Plan:
         reduction: the method that drops or merges tokens, if any.
         padding: `[B, S]`, 0 at padding; `None` if unknown.
         skip_padding: whether frozen layers leave padding out too.
+        windows: the images that the visual tokens are of, where the method asks.
         stream: the tokens that are left, in the pass of a `reduction` or on a cache that one has shortened.
     """
 
@@ -53,7 +46,8 @@ class Plan:
     reduction: Reduction | None = None
     padding: Tensor | None = None
     skip_padding: bool = False
-    stream: "Stream | None" = None
+    windows: Windows | None = None
+    stream: Stream | None = None
     _shared: dict = field(default_factory=dict)  # what is equal in many layers, computed by the first that asks
 
     @classmethod
@@ -108,7 +102,7 @@ class Plan:
 
     def with_stream(self, states: Tensor, kwargs: dict) -> tuple["Plan", Tensor, dict]:
         """The plan for a pass with embeddings `states` `[B, S, h]`, and the inputs of the text model in that pass."""
-        stream = Stream(self, states, kwargs)
+        stream = Stream(self.visual, self.reduction, self.padding, self.windows, states, kwargs)
         plan = replace(self, stream=stream, text=None, _shared={})
         return plan, stream.inputs_embeds, stream.text_arguments(kwargs)
 
@@ -124,10 +118,10 @@ class Plan:
         rows = self._text_in_stream(self.stream, layer) if frozen else None
         return states, self._stream_arguments(self.stream, attention, kwargs, rows), rows
 
-    def _text_in_stream(self, stream: "Stream", layer: int) -> Rows | None:
+    def _text_in_stream(self, stream: Stream, layer: int) -> Rows | None:
         """The text tokens among those that the layer sees."""
         rows = stream.rows(layer)
-        key = "text", rows is not None
+        key = "text", stream.stage(layer)
         if key not in self._shared:
             visual, real = self.visual, None
             if rows is not None:
@@ -138,7 +132,7 @@ class Plan:
             self._shared[key] = None if plan is None else plan.text
         return self._shared[key]
 
-    def _stream_arguments(self, stream: "Stream", attention: Attention, kwargs: dict, rows: Rows | None) -> dict:
+    def _stream_arguments(self, stream: Stream, attention: Attention, kwargs: dict, rows: Rows | None) -> dict:
         layer = attention.layer_idx
         if layer not in stream.changed:  # all tokens, on a cache that holds all: upstream's arguments are right
             return kwargs
@@ -146,7 +140,7 @@ class Plan:
         kept = stream.rows(layer)
         if kept is not None:
             for name, tables in rotary_tables(kwargs).items():
-                key = "stream", name, *kind_of(attention), tables[0].device
+                key = "stream", name, stream.stage(layer), *kind_of(attention), tables[0].device
                 kwargs[name] = self._share(key, partial(_rows_of_tables, kept, tables))
         if rows is None:
             key = "stream mask", *kind_of(attention), *stream.sees(layer), stream.keys[layer].slots.device
@@ -198,293 +192,3 @@ class Plan:
 def _rows_of_tables(rows: Rows, tables: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     cos, sin = tables
     return rows.select(cos), rows.select(sin)
-
-
-class Stream:
-    """The tokens that are left in a pass, and what the layers' attention needs to know of them.
-
-    Attributes:
-        inputs_embeds: `[B, S, h]`, the text model's input: that of tokens which an image method left out is 0.
-        first_layer: the first layer that sees fewer tokens; `None` if all see the same.
-        keys: by layer, the tokens that its attention sees, where the cache keeps a record or the layer does not see all.
-        changed: layers that see something else than upstream knows.
-        scores: `[B, S]`, by which tokens were ranked.
-    """
-
-    def __init__(self, plan: Plan, inputs_embeds: Tensor, kwargs: dict):
-        visual, reduction = plan.visual, plan.reduction
-        self.batch_size, self.length = inputs_embeds.shape[:2]
-        self.device = device = inputs_embeds.device
-        self.inputs_embeds = inputs_embeds
-        self.cache = find_cache(kwargs)
-        self.attention_mask: Any = kwargs.get("attention_mask")
-        self.position_ids: Tensor | None = kwargs.get("position_ids")
-        self.past = 0 if self.cache is None else int(self.cache.get_seq_length())
-        self.first_layer: int | None = None
-        self.map: TokenMap | None = None
-        self.kept: Rows | None = None
-        self.keys: dict[int, Tokens] = {}
-        self.changed: set[int] = set()
-        self.scores: Tensor | None = None
-        # for the attention that ranks tokens
-        self._waiting: tuple[StreamReduction, Tensor, Tensor, Tensor, list[int]] | None = None
-        self._histories: dict[int, Any] = {}
-        given = self.attention_mask
-        two_dimensional = given if torch.is_tensor(given) and given.ndim == 2 else None
-        self.padding_mask = plan.padding if two_dimensional is None else two_dimensional[:, -self.length :]
-        self.no_padding = self.attention_mask is None
-        # Positions on a grid stay as they are; in a row, tokens that never reached the model leave no gap.
-        self.renumbers = self.position_ids is None or self.position_ids.ndim == 2
-        held = self.cache.layers[0] if is_shortened(self.cache) else None
-        never_seen = held.never_seen if isinstance(held, KeptLayer) else None
-        shift = None if never_seen is None else never_seen.to(device)[:, None]
-        self.never_seen = never_seen
-        if reduction is not None:
-            self._refuse_packed_sequences()
-            real = torch.ones(self.batch_size, self.length, dtype=torch.bool, device=device)
-            if self.padding_mask is not None:
-                real = self.padding_mask.to(device=device, dtype=torch.bool)
-            if two_dimensional is not None:
-                self.no_padding = bool((two_dimensional != 0).all())
-            if isinstance(reduction, ImageReduction):
-                shift = self._drop_marked(real, shift)
-            elif isinstance(reduction, StreamReduction):
-                self._plan_to_drop(reduction, visual.to(device) & real, real)
-        slots = torch.arange(self.past, self.past + self.length, device=device).expand(self.batch_size, -1)
-        self.chunk = Tokens(slots, slots if shift is None else slots - shift)
-        self.has_gaps = shift is not None  # slots are not places
-        if shift is not None:
-            position_ids = slots[:1] if self.position_ids is None else self.position_ids
-            self.position_ids = (position_ids - shift).clamp(min=0)
-
-    # What leaves
-
-    def _drop_marked(self, real: Tensor, shift: Tensor | None) -> Tensor | None:
-        """Image features that the method left out: known before the first layer. Returns by how much each token's
-        position is lower, `[B, S or 1]`."""
-        marked = is_dropped(self.inputs_embeds)
-        keep = real & ~marked
-        *counts, n_marked = torch.cat([keep.sum(1), marked.sum()[None]]).tolist()
-        if n_marked == 0:
-            return shift
-        self.inputs_embeds = self.inputs_embeds.masked_fill(marked[..., None], 0)
-        self.first_layer = 0
-        self._keep(keep, counts)
-        if not self.renumbers:
-            return shift
-        before, total = marked.long().cumsum(1), marked.sum(1)
-        self.never_seen = total if shift is None else total + shift[:, 0]
-        return before if shift is None else before + shift
-
-    def _plan_to_drop(self, reduction: StreamReduction, visual: Tensor, real: Tensor) -> None:
-        """Tokens that leave in the middle of the stack: how many is known now, which ones perhaps later."""
-        numbers, present = torch.stack([visual.sum(1), real.sum(1)]).tolist()
-        left = [reduction.count(v) for v in numbers]
-        if left == numbers:
-            return
-        self.first_layer = reduction.k
-        counts = [n - v + stay for v, n, stay in zip(numbers, present, left, strict=True)]
-        stay = torch.tensor(left, device=self.device)
-        if not any(left):
-            self._keep(real & ~visual, counts)
-        elif reduction.needs_scores:
-            self._waiting = reduction, visual, real, stay, counts
-            # The last token of each row, padding aside, is the one that looks.
-            last = torch.where(real, torch.arange(self.length, device=self.device), -1).amax(1, keepdim=True)
-            self.last = Rows(last.clamp(min=0))
-        else:
-            self._reduce(reduction, None, visual, real, stay, counts)
-
-    def _reduce(
-        self,
-        reduction: StreamReduction,
-        scores: Tensor | None,
-        visual: Tensor,
-        real: Tensor,
-        stay: Tensor,
-        counts: list[int],
-    ) -> None:
-        self.map = reduction.reduce(scores, visual, stay)
-        self._keep(self.map.kept & real, counts)
-
-    def _keep(self, keep: Tensor, counts: list[int]) -> None:
-        width = max(*counts, 1)
-        self.kept = Rows.of(keep, width, exact=min(counts) == width)
-
-    def _refuse_packed_sequences(self) -> None:
-        if self.cache is None and self.attention_mask is None:
-            if packed_sequences(self.position_ids, self.batch_size) is not None:
-                raise ValueError("visual_reduction does not work with sequences packed into one row; use a batch")
-
-    def looks_in(self, layer: int) -> bool:
-        """Whether this layer's attention decides which tokens stay."""
-        return self._waiting is not None and self.first_layer == layer + 1 and self.kept is None
-
-    @torch.no_grad()
-    def choose(self, attention: Attention, query: Tensor, key: Tensor, kwargs: dict) -> None:
-        """Rank visual tokens by the attention of each row's last token in this layer. Only that row is computed.
-
-        Args:
-            query: `[B, heads, 1, d]`, of that token. key: `[B, kv_heads, K, d]`, that it attends to. kwargs: the attention's.
-
-        Raises:
-            ValueError: if the heads are spread over devices, each of which would choose for itself.
-        """
-        assert self._waiting is not None  # see `looks_in`
-        reduction, visual, real, stay, counts = self._waiting
-        if query.shape[1] != attention.config.num_attention_heads:
-            raise ValueError(
-                f"{reduction.method} does not work with tensor parallel attention: each device sees its own heads"
-            )
-        held = self.held(attention.layer_idx)
-        keys = self.chunk if held is None else held.tokens
-        mask = self._mask(self.chunk.at(self.last), keys, kwargs, sliding_window(attention), key.device)
-        scores = last_row_attention(query[:, :, 0], key, mask, attention.scaling)[:, -self.length :]
-        self.scores = scores.to(self.device)
-        self._reduce(reduction, self.scores, visual, real, stay, counts)
-
-    # What the text model and its layers see
-
-    def text_arguments(self, kwargs: dict) -> dict:
-        """The text model's keyword arguments in this pass."""
-        kwargs = {**kwargs, "position_ids": self.position_ids}
-        kept = self.rows(0)
-        return kwargs if kept is None else keep_deepstack(kwargs, kept.index, kept.valid)
-
-    def rows(self, layer: int) -> Rows | None:
-        """The tokens of the chunk that a layer sees; `None` for all."""
-        return self.kept if self.first_layer is not None and layer >= self.first_layer else None
-
-    def sees(self, layer: int) -> tuple:
-        """Equal for layers that see the same queries and keys."""
-        return self.rows(layer) is not None, self._histories.get(layer)
-
-    def enter(self, layer: int, states: Tensor, kwargs: dict) -> Tensor:
-        """The states `[B, S or Q, h]` that a layer sees; brings its cache up to date."""
-        if layer == self.first_layer:
-            if self.map is not None:
-                states = self.map.apply(states)
-            assert self.kept is not None  # the layer before has chosen, if it was not known before
-            states = self.kept.select(states)
-        cache, rows = find_cache(kwargs), self.rows(layer)
-        self.cache = cache  # the text model makes one where none was given
-        tokens = self.chunk.to(states.device)
-        tokens = tokens if rows is None else tokens.at(rows)
-        if rows is not None:
-            self.keys[layer] = tokens
-            self.changed.add(layer)
-        if cache is None:
-            return states
-        layers: Any = cache.layers
-        if self.first_layer is not None:
-            while len(layers) <= layer:  # a cache without a config grows as it is used
-                layers.append(cache.layer_class_to_replicate())  # type: ignore[misc]  # such a cache has one
-        if layer >= len(layers):
-            return states
-        shortened_before = isinstance(layers[layer], KeptLayer)
-        if self.first_layer is not None:
-            layers[layer] = KeptLayer.of(layers[layer], self.past, self.batch_size, self.device)
-        held = layers[layer]
-        if not isinstance(held, KeptLayer):
-            return states
-        if layer == 0:
-            held.never_seen = self.never_seen
-        held.add(tokens, self.past + self.length, rows is not None, rows is not None and rows.valid is not None)
-        self._histories[layer] = held.history
-        self.keys[layer] = held.tokens.to(states.device)
-        if shortened_before:
-            self.changed.add(layer)
-        return states
-
-    def _given(self, kwargs: dict) -> Any:
-        """The mask that the chunk came with; of models that make one for each kind of layer, this layer's."""
-        return argument(kwargs, "attention_mask") if isinstance(self.attention_mask, dict) else self.attention_mask
-
-    def mask(self, layer: int, window: int | None, kwargs: dict, rows: Rows | None, device: torch.device) -> Tensor:
-        """What the layer's tokens, or `rows` of them, attend to: `[B, 1, Q or T, K]`."""
-        queries = self.chunk.to(device)
-        for part in (self.rows(layer), rows):
-            queries = queries if part is None else queries.at(part)
-        return self._mask(queries, self.keys[layer], kwargs, window, device)
-
-    def _mask(self, queries: Tokens, keys: Tokens, kwargs: dict, window: int | None, device: torch.device) -> Tensor:
-        given, first = self._given(kwargs), 0
-        queries, keys = queries.to(device), keys.to(device)
-        places = window if self.has_gaps and isinstance(self.attention_mask, dict) else None
-        if places is not None:  # upstream's window is one of slots: one of places, within what is seen without any
-            given = self.attention_mask.get("full_attention", given)
-        if torch.is_tensor(given) and given.ndim == 4:  # that of a cache with a window starts behind what it has lost
-            first = max(self.past + self.length - given.shape[-1], 0)
-        mask = mask_at(given, queries, keys, past=self.past, first=first, window=window)
-        return mask if places is None else within_window(mask, queries, keys, places)
-
-    def stock_mask(self, attention: Attention, kwargs: dict) -> Tensor | None:
-        """The mask that the stock attention needs; `None` where plain causal attention is right."""
-        implementation, window, layer = (
-            attention.config._attn_implementation,
-            sliding_window(attention),
-            attention.layer_idx,
-        )
-        flash = "flash" in implementation
-        if not flash and implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                f"visual_reduction does not work with attn_implementation={implementation!r}; use sdpa, eager or "
-                "flash_attention_2"
-            )
-        if flash and window is not None:
-            raise ValueError("visual_reduction with a sliding window needs attn_implementation sdpa or eager")
-        keys, rows = self.keys[layer], self.rows(layer)
-        held = self.held(layer)
-        fillers = (rows is not None and rows.valid is not None) or (held is not None and held.has_fillers)
-        queries = self.length if rows is None else rows.index.shape[1]
-        aligned = queries in (1, keys.slots.shape[1])
-        if self.no_padding and not fillers and aligned and window is None and implementation != "eager":
-            return None
-        if flash:
-            mask = keys.slots >= 0
-            if self.attention_mask is not None:
-                padding = self.attention_mask.to(device=mask.device, dtype=torch.bool)
-                mask = mask & padding.gather(1, keys.slots.clamp(min=0))
-            return mask
-        mask = self.mask(layer, window, kwargs, None, keys.slots.device)
-        return additive(mask, self.inputs_embeds.dtype) if implementation == "eager" else mask
-
-    def held(self, layer: int) -> KeptLayer | None:
-        """The layer of the cache, if it keeps a record."""
-        layers = getattr(self.cache, "layers", ())
-        return layers[layer] if layer < len(layers) and isinstance(layers[layer], KeptLayer) else None
-
-    # What the caller sees
-
-    def restore(self, output: Any) -> Any:
-        """The text model's output with the caller's shapes: zeros where a token was dropped."""
-        for layer in getattr(self.cache, "layers", ()):
-            if isinstance(layer, KeptLayer):
-                layer.check_stored()
-        first = self.first_layer
-        if first is not None:
-            output.last_hidden_state = self._spread(output.last_hidden_state)
-            if output.hidden_states is not None:
-                states = output.hidden_states
-                output.hidden_states = (*states[: first + 1], *map(self._spread, states[first + 1 : -1]))
-                output.hidden_states += (output.last_hidden_state,)
-        if output.attentions is not None:
-            output.attentions = tuple(
-                self._spread_attention(weights, layer) for layer, weights in enumerate(output.attentions)
-            )
-        return output
-
-    def _spread(self, states: Tensor) -> Tensor:
-        """`[B, Q, d]` → `[B, S, d]`."""
-        assert self.kept is not None  # some layer sees fewer tokens
-        return self.kept.spread(states, self.length)
-
-    def _spread_attention(self, weights: Tensor | None, layer: int) -> Tensor | None:
-        """`[B, heads, Q, K]` → `[B, heads, S, past + S]`."""
-        if weights is None or layer not in self.keys:
-            return weights
-        key_slots = self.keys[layer].slots.to(weights.device)[:, None, None]
-        weights = weights.masked_fill(key_slots < 0, 0)
-        wide = weights.new_zeros(*weights.shape[:3], self.past + self.length)
-        wide = wide.scatter_add(3, key_slots.clamp(min=0).expand_as(weights), weights)
-        return wide if self.rows(layer) is None else self._spread(wide)

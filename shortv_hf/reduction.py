@@ -2,17 +2,19 @@
 
 One method is one small frozen dataclass in a file of its own, `reduction_<method>.py`; its fields are the options of the
 dict in `config.visual_reduction`. Defining it puts it into `METHODS`; `configuration_shortv.py` imports each file. A
-method works at one of two places (shapes: B rows, S tokens, n tokens per image):
+method works at one of three places, or at several (shapes: B rows, S tokens, n tokens per image):
 
-    `StreamReduction`: tokens leave before decoder layer `k` and keep their positions. How many of a row stay is known
-        before (`count`); which ones may depend on the attention of the prompt's last token.
+    `StreamReduction`: tokens leave before decoder layers `layers` and keep their positions. How many of a group (a row,
+        or an image) stay is known before (`count`); which ones may depend on attention in the layer before.
     `ImageReduction`: after the vision tower; the language model never sees the others, and its positions are contiguous.
+    `TowerReduction`: inside the vision tower, whose later layers see fewer patches.
 
-Both answer with a [`TokenMap`]. Who carries it out, draws it or counts it reads the map and knows no method. The surgery
-on the models is in `vision.py` (images) and in the text model.
+The first two answer with a [`TokenMap`], the third with what becomes one. Who carries it out, draws it or counts it reads the map and knows no method. The surgery
+on the models is in `stream.py` (the decoder), `vision.py` (images) and `tower.py`.
 """
 
 import json
+import re
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral
 from typing import Any, ClassVar
@@ -43,6 +45,7 @@ class ModelSizes:
         tiled: whether an image is several tiles, with a newline token after each row of them.
         has_cls_feature: whether the tower's CLS token goes to the language model too.
         deepstack: after how many of the first decoder layers image features are added to the visual tokens once more.
+        tower: of vision towers in which patches can be merged.
     """
 
     decoder_layers: int
@@ -52,6 +55,7 @@ class ModelSizes:
     tiled: bool
     has_cls_feature: bool
     deepstack: int = 0
+    tower: "TowerSizes | None" = None
 
     @classmethod
     def of(cls, config: Any, select_strategy: str | None = None) -> "ModelSizes":
@@ -66,6 +70,54 @@ class ModelSizes:
             tiled=bool(getattr(config, "image_grid_pinpoints", None)),
             has_cls_feature=strategy == "full" and vision.model_type == "clip_vision_model",  # SigLIP's has none
             deepstack=len(getattr(vision, "deepstack_visual_indexes", None) or ()),
+            tower=TowerSizes.of(config),
+        )
+
+
+@dataclass(frozen=True)
+class TowerSizes:
+    """What a [`TowerReduction`] is checked against.
+
+    Attributes:
+        layers: how many layers of the tower the features pass through.
+        patches: per picture (image, tile or frame); `None` where they vary.
+        unit: the patches that make one visual token: what is left of a picture must be whole units.
+        grid: the rows of the grid of patches have a meaning behind the tower (newlines, pooling): what is left must be a
+            square, whose side is divided by the square root of `unit`.
+        others: tokens before the patches, which stay.
+    """
+
+    layers: int
+    patches: int | None
+    unit: int = 1
+    grid: bool = False
+    others: int = 0
+
+    @classmethod
+    def of(cls, config: Any) -> "TowerSizes | None":
+        """Those of a vision-language config; `None` if what is behind its tower needs every patch at its place (windows
+        of attention, features of several layers, a pooling of fixed size), or the tower is not known."""
+        vision = config.vision_config
+        if hasattr(vision, "spatial_merge_size") and hasattr(vision, "mlp_ratio"):  # Qwen2-VL's, not its successors'
+            return cls(vision.depth, None, vision.spatial_merge_size**2)
+        layer = getattr(config, "vision_feature_layer", None)
+        known = ("clip_vision_model", "siglip_vision_model", "internvl_vision")
+        # Gemma 3's pooling; those of Aya Vision, LLaVA-NeXT-Video and Video-LLaVA, which have no classes here.
+        others = ("mm_tokens_per_image", "downsample_factor", "spatial_pool_mode", "video_seq_length")
+        if (
+            vision.model_type not in known
+            or not isinstance(layer, int)
+            or any(hasattr(config, name) for name in others)
+        ):
+            return None
+        (height, width), (patch_height, patch_width) = pair(vision.image_size), pair(vision.patch_size)
+        shuffled = round(1 / getattr(config, "downsample_ratio", 1)) ** 2  # patches in a token of InternVL
+        return cls(
+            layers=layer if layer >= 0 else vision.num_hidden_layers + 1 + layer,
+            patches=(height // patch_height) * (width // patch_width),
+            unit=shuffled,
+            grid=shuffled > 1 or bool(getattr(config, "image_grid_pinpoints", None)),
+            others=vision.model_type != "siglip_vision_model",
         )
 
 
@@ -126,6 +178,10 @@ class TokenMap:
         sums = parts.new_zeros((*parts.shape[:-2], self.n + 1, parts.shape[-1])).scatter_add(-2, places, parts)
         return sums[..., : self.n, :].to(states.dtype)
 
+    def to(self, device: torch.device) -> "TokenMap":
+        weight, source = (None if part is None else part.to(device) for part in (self.weight, self.source))
+        return TokenMap(self.target.to(device), self.n, weight, source)
+
     def _places(self) -> Tensor:
         """The targets; a place behind the last for tokens that are dropped."""
         return torch.where(self.target >= 0, self.target, self.n)
@@ -151,6 +207,35 @@ def last_row_attention(query: Tensor, key: Tensor, mask: Tensor | None, scaling:
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
     return scores.softmax(-1).mean((1, 2))
+
+
+def received(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Attention that each of n tokens receives, mean over heads and queries: `[B, n]` float32, from `query` and `key`
+    `[B, heads, n, d]`. Of the attention matrix, a block of queries is held at a time."""
+    batch, heads, n, _ = query.shape
+    total = torch.zeros(batch, n, dtype=torch.float32, device=query.device)
+    for block in query_blocks(query):
+        total += ((query[:, :, block] @ key.transpose(2, 3)).float() * scaling).softmax(-1).sum((1, 2))
+    return total / (heads * n)
+
+
+def log_sums(query: Tensor, key: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Logarithm of the sum of the exponentials that a query's softmax divides by, mean over heads: `[B, T]` float32, from
+    `query` `[B, heads, T, d]`, `key` `[B, kv_heads, K, d]` and a `mask` `[B, 1, T, K]`, bool or additive. It is
+    FlashAttention's second return value, by which the released iLLaVA ranks the tokens of Qwen2-VL."""
+    grouped = query.unflatten(1, (key.shape[1], -1))  # [B, kv_heads, group, T, d]
+    scores = (grouped @ key[:, :, None].transpose(3, 4)).float() * scaling
+    if mask is not None:
+        mask = mask[:, :, None]
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    return scores.logsumexp(-1).mean((1, 2))
+
+
+def query_blocks(query: Tensor) -> list[slice]:
+    """Parts of the T queries of `[B, heads, T, d]`: d at a time, so that their scores are as many numbers as a hidden state
+    of the keys has, less than an FFN holds."""
+    n, head_dim = query.shape[2:]
+    return [slice(start, start + head_dim) for start in range(0, n, head_dim)]
 
 
 @dataclass
@@ -243,6 +328,26 @@ class Reduction:
         a cache every step chooses anew."""
         return False
 
+    @property
+    def in_decoder(self) -> "StreamReduction | None":
+        """The part that works in the decoder."""
+        return None
+
+    @property
+    def on_images(self) -> "ImageReduction | None":
+        """The part that works behind the vision tower."""
+        return None
+
+    @property
+    def in_tower(self) -> "TowerReduction | None":
+        """The part that works inside the vision tower."""
+        return None
+
+    @property
+    def cuts_images(self) -> bool:
+        """Whether tokens are gone before the decoder, so that it must be given pixels, not their features."""
+        return self.on_images is not None or self.in_tower is not None
+
     def check(self, sizes: ModelSizes) -> None:
         """Raises `ValueError` that names the offending value and the valid range."""
 
@@ -255,6 +360,23 @@ class Reduction:
         `tiles`: of how many whole tiles (images, where there are none) they are; needed with newlines among them."""
         raise NotImplementedError
 
+    def steps(self, v: int, sizes: ModelSizes, kept: int | None = None) -> list[tuple[int, int]] | None:
+        """How many of `v` visual tokens of one image are left, from which decoder layers on: pairs of layer and number.
+        `None` where that depends on the image, and it is not said how many are `kept` before the decoder."""
+        left = self.left(v, sizes) if kept is None else kept
+        return None if left is None else [(self.first_layer, left)]
+
+    @classmethod
+    def completed(cls, options: dict[str, Any], sizes: ModelSizes) -> dict[str, Any]:
+        """The options, with what a model of these `sizes` has for those left out, if not the class."""
+        return options
+
+    @classmethod
+    def defaults(cls, config: Any, kind: str = "image") -> dict[str, Any]:
+        """What to use for `config.visual_reduction` if no options are named, with a model of this config and inputs that
+        are of the `kind` "image" or "video"."""
+        return {"method": cls.method}
+
     @classmethod
     def candidates(cls, sizes: ModelSizes, v: int) -> list[dict[str, Any]]:
         """Options among which to look for a given cost, for prompts of `v` visual tokens; one entry, without options, if
@@ -263,17 +385,33 @@ class Reduction:
 
 
 class StreamReduction(Reduction):
-    """Visual tokens leave at the input of decoder layer `k` (0-based), at prefill only."""
+    """Visual tokens leave at the input of decoder layers (0-based), at prefill only. Most methods do so at one, `k`."""
 
     k: int
+    per_image: ClassVar[bool] = False  # whether tokens are counted and ranked in each image, not in the whole row
+
+    @property
+    def in_decoder(self) -> "StreamReduction | None":
+        return self
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers at whose input tokens leave, ascending."""
+        return (self.k,)
 
     @property
     def first_layer(self) -> int:
-        return self.k
+        return self.layers[0]
 
     @property
     def needs_scores(self) -> bool:
-        """Whether `reduce` needs the attention of each row's last token in layer `k` - 1."""
+        """Whether `reduce` needs scores of the layer before."""
+        return False
+
+    @property
+    def scores_own_queries(self) -> bool:
+        """What scores are: the attention of each row's last token, or of each token's own query how much there is to
+        attend to ([`log_sums`])."""
         return False
 
     @property
@@ -282,9 +420,13 @@ class StreamReduction(Reduction):
 
     def check(self, sizes: ModelSizes) -> None:
         require_integer(self, "k", 1, sizes.decoder_layers)
-        if self.k < sizes.deepstack:
+        self.check_deepstack(sizes, "k", self.k)
+
+    def check_deepstack(self, sizes: ModelSizes, name: str, k: int) -> None:
+        """Raises `ValueError` if tokens would leave that image features are yet to be added to."""
+        if k < sizes.deepstack:
             raise ValueError(
-                f"{self.method}: k is {self.k}; image features are added to the visual tokens after the first "
+                f"{self.method}: {name} is {k}; image features are added to the visual tokens after the first "
                 f"{sizes.deepstack} layers, which must see them all: the valid range is the integers {sizes.deepstack} "
                 f"to {sizes.decoder_layers}"
             )
@@ -296,17 +438,17 @@ class StreamReduction(Reduction):
         return self.count(v)
 
     def count(self, v: int) -> int:
-        """How many of a row's `v` visual tokens stay."""
+        """How many of a group's `v` visual tokens stay, at each of the `layers`."""
         raise NotImplementedError
 
-    def reduce(self, scores: Tensor | None, visual: Tensor, counts: Tensor) -> TokenMap:
+    def reduce(self, scores: Tensor | None, groups: Tensor, counts: Tensor) -> TokenMap:
         """Where the tokens of each row go, without a synchronisation.
 
         Args:
-            scores: `[B, S]` float32, the attention of each row's last token; `None` where no token stays or the method
-                needs none.
-            visual: `[B, S]` bool, True at visual tokens. The others go to themselves.
-            counts: `[B]` long, what `count` says of each row.
+            scores: `[B, S]` float32; `None` where no token stays or the method needs none.
+            groups: `[B, S]` long, from 1 on: the group of each visual token, which is in one row; 0: none. Tokens of
+                group 0 go to themselves.
+            counts: `[1 + groups]` long, by group: how many stay, as `count` says.
 
         Returns:
             A map with `target` `[B, S]`.
@@ -318,6 +460,10 @@ class ImageReduction(Reduction):
     """Visual tokens are cut after the vision tower; per image, and per tile where there are tiles."""
 
     needs_cls_attention: ClassVar[bool] = False
+
+    @property
+    def on_images(self) -> "ImageReduction | None":
+        return self
 
     @property
     def first_layer(self) -> int:
@@ -353,10 +499,51 @@ class ImageReduction(Reduction):
         raise NotImplementedError
 
 
-def keep_highest(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
-    """Mask `[B, S]` of the `counts` `[B]` candidates with the highest `scores` `[B, S]`; of equal ones the first."""
-    ranked = scores.masked_fill(~candidates, float("-inf")).argsort(dim=1, descending=True, stable=True)
-    return candidates & (ranked.argsort(dim=1) < counts[:, None])
+class TowerReduction:
+    """The part of a method that works inside the vision tower: in each of some layers (0-based), after its attention,
+    patches of a picture are merged into one of them.
+
+    Attributes:
+        layers: ascending.
+        own_queries: what scores are: the attention that a patch receives from all patches of its picture ([`received`]),
+            or [`log_sums`].
+    """
+
+    layers: tuple[int, ...]
+    own_queries: bool
+
+    def removed(self, n: int, unit: int) -> int:
+        """How many of a picture's n patches go, a multiple of `unit`. Raises `ValueError` if none would be left."""
+        raise NotImplementedError
+
+    def merged(self, scores: Tensor, r: int) -> tuple[Tensor, Tensor]:
+        """Of each picture, by `scores` `[pictures, n]` float32: the r patches that go, and behind them the one that takes
+        them in, `[pictures, 1 + r]` indices; and their weights in its new value, `[1 + r]` float32."""
+        raise NotImplementedError
+
+    def left(self, n: int, unit: int) -> int:
+        """How many of a picture's n patches are left behind the last layer."""
+        for _ in self.layers:
+            n -= self.removed(n, unit)
+        return n
+
+
+def rank_in_groups(scores: Tensor, groups: Tensor) -> Tensor:
+    """`[B, S]` long: the rank of each token among those of its group, from 0, the highest of the `scores` `[B, S]` first;
+    of equal ones the first."""
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, groups.gather(1, order).argsort(dim=1, stable=True))
+    sorted_groups = groups.gather(1, order)
+    place = torch.arange(scores.shape[1], device=scores.device).expand_as(order)
+    starts = torch.nn.functional.pad(sorted_groups[:, 1:] != sorted_groups[:, :-1], (1, 0), value=True)
+    first = place.masked_fill(~starts, 0).cummax(1).values
+    return torch.zeros_like(order).scatter(1, order, place - first)
+
+
+def keep_highest(scores: Tensor, groups: Tensor, counts: Tensor) -> Tensor:
+    """Mask `[B, S]` of the `counts` `[1 + groups]` tokens of each of the `groups` `[B, S]` with the highest `scores`
+    `[B, S]`; of equal ones the first. Group 0 is none."""
+    return (groups > 0) & (rank_in_groups(scores, groups) < counts[groups])
 
 
 def keep_only(keep: Tensor) -> TokenMap:
@@ -372,8 +559,9 @@ def keep_in_tiles(scores: Tensor, image: Patches, number: int) -> TokenMap:
     newline = image.patch < 0
     place = torch.where(newline, tiles * size, image.tile * size + image.patch)
     present = torch.zeros(tiles * size + 1, dtype=torch.bool, device=place.device).scatter(0, place, True)
-    counts = torch.full((tiles,), number, device=place.device)
-    keep = keep_highest(scores, present[:-1].view(tiles, size), counts).flatten()
+    tile = torch.arange(1, tiles + 1, device=place.device)[:, None] * present[:-1].view(tiles, size)
+    counts = torch.full((1 + tiles,), number, device=place.device)
+    keep = keep_highest(scores, tile, counts).flatten()
     return keep_only(torch.nn.functional.pad(keep, (0, 1), value=True)[place])
 
 
@@ -433,13 +621,14 @@ def _parse(visual_reduction: Any, sizes: ModelSizes) -> Reduction:
             raise ValueError(
                 f"visual_reduction: {method} has no option {name!r}; valid options are {', '.join(valid) or 'none'}"
             )
-    reduction = METHODS[method](**options)
+    reduction = METHODS[method](**METHODS[method].completed(options, sizes))
     reduction.check(sizes)
     return reduction
 
 
 def visual_reduction_from_text(text: str) -> dict | None:
-    """The dict for `config.visual_reduction` from a command line: JSON, `fastv:k=2,ratio=0.5`, `prumerge` or `none`.
+    """The dict for `config.visual_reduction` from a command line: JSON, `fastv:k=2,ratio=0.5`,
+    `illava:vit_k=[],llm_k=[6,7]`, `prumerge` or `none`.
 
     Raises:
         ValueError: if it is neither; what the options mean is checked with the model at hand.
@@ -454,7 +643,7 @@ def visual_reduction_from_text(text: str) -> dict | None:
     if method == "none" and not rest:
         return None
     options = {"method": method}
-    for part in filter(None, rest.split(",")):
+    for part in filter(None, re.split(r",(?![^\[]*\])", rest)):  # not at the commas of a list
         name, _, value = part.partition("=")
         try:
             options[name.strip()] = json.loads(value)

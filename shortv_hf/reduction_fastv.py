@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from .reduction import ModelSizes, StreamReduction, TokenMap, keep_highest, keep_only
@@ -37,9 +36,9 @@ class FastV(StreamReduction):
     def count(self, v: int) -> int:
         return round(v * (1 - self.ratio))  # half to even, as the released code
 
-    def reduce(self, scores: Tensor | None, visual: Tensor, counts: Tensor) -> TokenMap:
-        kept = torch.zeros_like(visual) if scores is None else keep_highest(scores, visual, counts)
-        return keep_only(kept | ~visual)
+    def reduce(self, scores: Tensor | None, groups: Tensor, counts: Tensor) -> TokenMap:
+        text = groups == 0
+        return keep_only(text if scores is None else text | keep_highest(scores, groups, counts))
 
     @classmethod
     def candidates(cls, sizes: ModelSizes, v: int) -> list[dict[str, Any]]:

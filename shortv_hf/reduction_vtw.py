@@ -18,8 +18,8 @@ class VTW(StreamReduction):
     def count(self, v: int) -> int:
         return 0
 
-    def reduce(self, scores: Tensor | None, visual: Tensor, counts: Tensor) -> TokenMap:
-        return keep_only(~visual)
+    def reduce(self, scores: Tensor | None, groups: Tensor, counts: Tensor) -> TokenMap:
+        return keep_only(groups == 0)
 
     @classmethod
     def candidates(cls, sizes: ModelSizes, v: int) -> list[dict[str, Any]]:

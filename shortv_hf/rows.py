@@ -33,6 +33,10 @@ class Rows:
         index = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :width].sort(dim=1).values
         return cls(index, None if exact else mask.gather(1, index))
 
+    def at(self, rows: "Rows") -> "Rows":
+        """Those of these tokens that `rows` select. Fillers are not to be selected but as fillers."""
+        return Rows(self.index.gather(1, rows.index), rows.valid)
+
     def _to(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
         """Layers can live on several devices."""
         return self.index.to(device), None if self.valid is None else self.valid.to(device)

@@ -5,9 +5,12 @@ fill the prompt's image tokens; those that the method leaves out are marked (`re
 drops their positions before its first layer. Marks travel with the features through whatever `generate` does to them.
 """
 
+import copy
+import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import replace
+from fractions import Fraction
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -15,15 +18,65 @@ import torch
 from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPAttention
 
-from .reduction import DROPPED, ClsAttention, ImageReduction, ModelSizes, Patches, TokenMap
+from .reduction import DROPPED, ClsAttention, ImageReduction, ModelSizes, Patches, TokenMap, pair
 from .upstream import family_of
 
 
-# The recorder of the pass that this thread (or asyncio task) is in. Modules are shared by all threads, so a pass leaves
-# nothing on them: the hooks below are there from construction on, and do nothing outside a recorder's pass. Compiled
-# graphs cannot read a context variable, and need not while no recorder is open anywhere: `_OPEN` holds those that are.
-_RECORDER: ContextVar["VisionRecorder | None"] = ContextVar("vision recorder", default=None)
-_OPEN: list["VisionRecorder"] = []
+# Modules are shared by all threads, so a pass leaves nothing on them: the hooks are there from construction on, and do
+# nothing outside a pass. Compiled graphs cannot read a context variable, and need not while no pass is open anywhere:
+# `_OPEN` holds those that are.
+_PASS: ContextVar["VisionPass | None"] = ContextVar("vision pass", default=None)
+_OPEN: list["VisionPass"] = []
+
+
+_WATCH: ContextVar["Watch | None"] = ContextVar("who looks on", default=None)
+_WATCHING: list["Watch"] = []
+
+
+class Watch:
+    """While open, keeps what happens in this thread (or asyncio task), to be looked at afterwards.
+
+    Attributes:
+        seen: each [`VisionPass`], and each `Stream` of the decoder, in the order in which they began.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def __enter__(self) -> Any:
+        self._token = _WATCH.set(self)
+        _WATCHING.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _WATCHING.remove(self)
+        _WATCH.reset(self._token)
+
+
+def notice(what: Any) -> None:
+    """Let a [`Watch`] that is open keep this."""
+    watch = _WATCH.get() if _WATCHING else None
+    if watch is not None:
+        watch.seen.append(what)
+
+
+class VisionPass:
+    """While open, hooks on the modules of vision tower and projector find it in this thread (or asyncio task)."""
+
+    def __enter__(self) -> Any:
+        notice(self)
+        self._token = _PASS.set(self)
+        _OPEN.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _OPEN.remove(self)
+        _PASS.reset(self._token)
+
+
+def current_pass() -> VisionPass | None:
+    """The pass that is open in this thread (or asyncio task)."""
+    return _PASS.get() if _OPEN else None
 
 
 def listen(model: nn.Module) -> None:
@@ -42,19 +95,19 @@ def clip_attentions(model: nn.Module) -> list[CLIPAttention]:
 
 
 def _record(module: CLIPAttention, args: tuple, kwargs: dict) -> None:
-    recorder = _RECORDER.get() if _OPEN else None
-    if recorder is not None and module in recorder.layers:
+    recorder = current_pass()
+    if isinstance(recorder, VisionRecorder) and module in recorder.layers:
         recorder.record(module, args[0] if args else kwargs["hidden_states"])
 
 
 def _before_projection(module: nn.Module, args: tuple) -> tuple | None:
-    recorder = _RECORDER.get() if _OPEN else None
-    if recorder is not None and module is recorder.projector and args:
+    recorder = current_pass()
+    if isinstance(recorder, VisionRecorder) and module is recorder.projector and args:
         return (recorder.before_projection(args[0]), *args[1:])
     return None
 
 
-class VisionRecorder:
+class VisionRecorder(VisionPass):
     """While open, records [CLS] query and keys of the layers of a CLIP tower that a method asks for, and lets
     `before_projection` replace the features `[images, tokens, C]` that go into the projector. No attention matrix is
     made, whatever the tower's attention implementation; the recorded keys are computed once more, 0.1 % of a 7B
@@ -68,15 +121,6 @@ class VisionRecorder:
             self.layers = [layers[i] for i in reduction.vision_layers(len(layers))]
         self.queries: dict[nn.Module, Tensor] = {}
         self.keys: dict[nn.Module, Tensor] = {}
-
-    def __enter__(self) -> "VisionRecorder":
-        self._token = _RECORDER.set(self)
-        _OPEN.append(self)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _OPEN.remove(self)
-        _RECORDER.reset(self._token)
 
     @torch.no_grad()
     def record(self, attention: CLIPAttention, hidden_states: Tensor) -> None:
@@ -161,6 +205,54 @@ def reduced_images(
         ReducedImage(feature.masked_fill(~tokens.kept.to(feature.device)[:, None], DROPPED), patches, tokens)
         for (patches, tokens), feature in zip(found, features, strict=True)
     ]
+
+
+class SmallerGrid:
+    """A model whose tower leaves `side` x `side` patches of each picture, for one call of its encoders: packing and
+    pooling, which take the side from the config, find the smaller one. The model itself is not touched.
+
+    Attributes:
+        view: the model with that config; the modules are the same.
+    """
+
+    def __init__(self, model: Any, side: int, patches: int):
+        self.model, self.patches = model, patches
+        self.view = copy.copy(model)
+        config = copy.copy(model.config)
+        config.vision_config = copy.copy(config.vision_config)
+        # The side is the picture's size over this, rounded down. A fraction makes that exact.
+        vars(config.vision_config)["patch_size"] = Fraction(pair(config.vision_config.image_size)[0], side)
+        vars(self.view)["config"] = config
+        for name, method in (("pack_image_features", self._pack), ("apply_pooling", self._pool)):
+            if hasattr(model, name):
+                vars(self.view)[name] = method
+        self._packed: list[int] = []
+        self._pooled: tuple[int, int] | None = None
+
+    def _pack(self, *args: Any, **kwargs: Any) -> Any:
+        call = inspect.signature(self.model.pack_image_features).bind(*args, **kwargs).arguments
+        dense = [torch.zeros(len(tiles), self.patches, 1) for tiles in call["image_features"]]
+        newline = None if call.get("image_newline") is None else torch.zeros(1)
+        packed, _ = self.model.pack_image_features(**{**call, "image_features": dense, "image_newline": newline})
+        self._packed += [len(each) for each in packed]
+        return type(self.model).pack_image_features(self.view, *args, **kwargs)
+
+    def _pool(self, features: Tensor) -> Tensor:
+        pooled = type(self.model).apply_pooling(self.view, features)
+        dense = self.model.apply_pooling(torch.zeros(1, self.patches, 1)).shape[1]
+        self._pooled = len(features), dense - pooled.shape[1]
+        return pooled
+
+    def dense_lengths(self, features: list[Tensor], tokens: int | None) -> list[int]:
+        """How many tokens images or videos have whose `features` `[m, h]` were made by the view; `tokens`, where those of
+        a picture are neither packed nor pooled."""
+        if self._packed:
+            return self._packed
+        if self._pooled is not None:
+            frames, fewer = self._pooled
+            return [len(each) + frames // len(features) * fewer for each in features]
+        assert tokens is not None  # the methods' check
+        return [tokens] * len(features)
 
 
 def find_patches(

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 import torch
 from helpers import discard_updates
+from illava_reference import merges_in_decoder, merging, tower_states
 
-from shortv_hf.upstream import image_features
+from shortv_hf.upstream import family_of, image_features
 
 
 @contextmanager
@@ -41,6 +42,8 @@ def text_logits(stock, inputs: dict, new: list[int], options: dict, layers: list
     with torch.no_grad():
         if not images:
             return stock(input_ids=ids).logits[0]
+        if method == "illava":
+            return illava_logits(stock, ids, images, len(new), options, layers)
         if method in ("fastv", "vtw"):
             k, dropped = options["k"], visual[0].clone()
             if method == "fastv":
@@ -63,6 +66,67 @@ def text_logits(stock, inputs: dict, new: list[int], options: dict, layers: list
         embeds, mask = torch.cat(embeds)[None], torch.cat(mask)[None]
         with discard_updates(stock, layers, mask):
             return stock(inputs_embeds=embeds).logits[0][~mask[0]]
+
+
+def illava_logits(stock, ids, images, n_new, options, layers):
+    """As `text_logits`, of all `ids`, of which `n_new` come after the prompt."""
+    options = {"vit_k": [], "llm_k": [], "llm_r": 1, **options}
+    features, lengths = illava_features(stock, images, options)
+    embeds, mask, windows, place = [], [], [], 0
+    tokens = iter(zip(ids[0].tolist(), stock.get_input_embeddings()(ids)[0], strict=True))
+    for token, embed in tokens:
+        if token != stock.config.image_token_id:
+            embeds.append(embed[None])
+        else:
+            embeds.append(features.pop(0))
+            windows.append(list(range(place, place + len(embeds[-1]))))
+            for _ in range(lengths.pop(0) - 1):
+                next(tokens)
+        mask += [token == stock.config.image_token_id] * len(embeds[-1])
+        place += len(embeds[-1])
+    embeds, mask = torch.cat(embeds)[None], torch.tensor(mask)[None]
+    decoder, n = stock.model.language_model.layers, place - n_new
+
+    def attentions():
+        with discard_updates(stock, layers, mask[:, :n]):
+            return stock(inputs_embeds=embeds[:, :n], output_attentions=True).attentions
+
+    merges = merges_in_decoder(attentions, decoder, windows, options, n - 1)
+    with discard_updates(stock, layers, mask), merging(decoder, merges):
+        return stock(inputs_embeds=embeds).logits[0][~mask[0]]
+
+
+def illava_features(stock, images, options):
+    """Per image the projected features that the language model gets, and how many image tokens the prompt has for it."""
+    model, pixels, sizes = stock.model, images["pixel_values"], images.get("image_sizes")
+    given = [(pixels[i : i + 1], () if sizes is None else (sizes[i : i + 1],)) for i in range(len(pixels))]
+    dense = [image_features(model.get_image_features(*(picture, *size)))[0] for picture, size in given]
+    lengths = [len(each) for each in dense]
+    if not options["vit_k"]:
+        return dense, lengths
+    tower, found = model.vision_tower, []
+    tower = getattr(tower, "vision_model", tower)
+    for picture, size in given:
+        states = tower.pre_layrnorm(tower.embeddings(picture.flatten(0, -4)))
+        if size:  # how many tiles the image has, of those that it is padded to
+            states = states[: model_tiles(stock, size[0][0])]
+        parts = [tower_states(clip_layers(stock)[:-1], each, options, others=1)[0][1:] for each in states]
+        projected = model.multi_modal_projector(torch.stack(parts))
+        if size:
+            vision = stock.config.vision_config
+            patch, vision.patch_size = vision.patch_size, vision.image_size // round(projected.shape[1] ** 0.5)
+            packed, _ = model.pack_image_features([projected], size[0], "default", model.image_newline)
+            vision.patch_size = patch
+            found.append(packed[0])
+        else:
+            found.append(projected[0])
+    return found, lengths
+
+
+def model_tiles(stock, size):
+    config = stock.config
+    count = family_of(stock.model).image_size_to_num_patches
+    return count(size, config.image_grid_pinpoints, config.vision_config.image_size)
 
 
 def fastv_kept(stock, inputs, layers, k, ratio, start=0) -> list[int]:

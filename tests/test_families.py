@@ -34,7 +34,7 @@ from transformers import DynamicCache
 
 import shortv_hf
 from shortv_hf.layer_contribution import rank_layers
-from shortv_hf.plan import Stream
+from shortv_hf.stream import Stream
 from shortv_hf.upstream import CACHE, find_cache, image_features
 
 
@@ -567,9 +567,9 @@ def test_a_method_that_changes_between_turns():
         cache = find_cache(model(**first, use_cache=True))
     seen, choose = [], Stream.choose
 
-    def recording(self, attention, query, key, kwargs):
-        choose(self, attention, query, key, kwargs)
-        seen.append(self.scores.sum())
+    def recording(self, *args):
+        choose(self, *args)
+        seen.extend(scores.sum() for scores in self.scores.values())
 
     visual = torch.ones_like(second["input_ids"], dtype=torch.bool)
     visual[:, -1] = False

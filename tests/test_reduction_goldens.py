@@ -16,8 +16,8 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
 from shortv_hf.layer_contribution.vtw import withdrawal_divergences
-from shortv_hf.plan import Stream
 from shortv_hf.reduction import METHODS, ClsAttention, Patches
+from shortv_hf.stream import Stream
 from shortv_hf.upstream import CACHE, find_cache, image_features
 
 
@@ -34,7 +34,7 @@ def scores(monkeypatch):
 
     def recording(self, *args):
         choose(self, *args)
-        found.append(self.scores)
+        found.extend(self.scores.values())
 
     monkeypatch.setattr(Stream, "choose", recording)
     return found

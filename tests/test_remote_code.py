@@ -171,8 +171,9 @@ def test_closure_imports_only_torch_and_transformers():
     assert names - set(sys.stdlib_module_names) == {"torch", "transformers"}
     assert {file.name for file in code_files()} == {
         "base_weights.py", "cache.py", "configuration_shortv.py", "decoder_layer.py", "modeling_shortv.py", "plan.py",
-        "reduction.py", "reduction_downsample.py", "reduction_fastv.py", "reduction_prumerge.py", "reduction_random.py",
-        "reduction_vtc_cls.py", "reduction_vtw.py", "rows.py", "upstream.py", "vision.py",
+        "reduction.py", "reduction_downsample.py", "reduction_fastv.py", "reduction_illava.py", "reduction_prumerge.py",
+        "reduction_random.py", "reduction_vtc_cls.py", "reduction_vtw.py", "rows.py", "stream.py", "tower.py",
+        "upstream.py", "vision.py", "windows.py",
     }  # fmt: skip
 
     # 4.x copies what the loaded file imports itself, and not what its imports import.

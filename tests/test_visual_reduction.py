@@ -17,6 +17,7 @@ from helpers import (
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from illava_reference import merges_in_decoder, merging
 from reduction_reference import fastv_kept, hidden_tokens, text_logits
 from test_generation import unless_stock_fails
 from transformers import DynamicCache
@@ -42,8 +43,13 @@ SELECTING = [
     {"method": "random", "token_num": 6, "seed": 3},
 ]
 MERGING = [{"method": "prumerge"}, {"method": "prumerge_plus"}, {"method": "downsample", "factor": 2}]
-ALL = DECODER + SELECTING + MERGING
-NEXT = DECODER + SELECTING
+ILLAVA = [
+    {"method": "illava", "vit_k": [], "llm_k": [1, 3], "llm_r": 0.6},
+    {"method": "illava", "vit_k": [0, 1], "vit_r": 3, "llm_k": []},
+    {"method": "illava", "vit_k": [1], "vit_r": 7, "llm_k": [2], "llm_r": 0.5},
+]
+ALL = DECODER + SELECTING + MERGING + ILLAVA
+NEXT = DECODER + SELECTING + [ILLAVA[0], ILLAVA[2]]
 ROWS = ["ttttt", "Itttt", "ttItttItt", "tttI"]
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
 LAYERS = [[], [0, 2, 3], [1]]
@@ -52,6 +58,11 @@ TEXTS = ["llama", "mistral_sliding", "qwen2_sliding"]
 
 def name(options):
     return "-".join(str(value) for value in options.values())
+
+
+def looks_at_last_token(options):
+    """Whether which tokens stay depends on the last one."""
+    return options["method"] == "fastv" and options["ratio"] < 1 or bool(options.get("llm_k"))
 
 
 METHOD = pytest.mark.parametrize("options", ALL, ids=name)
@@ -119,6 +130,23 @@ def simulated_flash():
     return "simulated_flash"
 
 
+def two_turns_of_illava(stock, whole, n, options, layers=(0, 2)):
+    """Logits of the last token, where the first n tokens were a turn of their own. One image in each."""
+    visual, decoder = whole["input_ids"] == IMAGE_TOKEN, stock.model.language_model.layers
+    places = visual[0].nonzero()[:, 0].tolist()
+    merges = []
+    for window, end in (([p for p in places if p < n], n), ([p for p in places if p >= n], visual.shape[1])):
+
+        def attentions(end=end, before=tuple(merges)):
+            given = {"input_ids": whole["input_ids"][:, :end], "pixel_values": whole["pixel_values"][: 1 + (end > n)]}
+            with torch.no_grad(), discard_updates(stock, layers, visual[:, :end]), merging(decoder, before):
+                return stock(**given, output_attentions=True).attentions
+
+        merges += merges_in_decoder(attentions, decoder, [window], options, end - 1)
+    with torch.no_grad(), discard_updates(stock, layers, visual), merging(decoder, merges):
+        return stock(**whole).logits[0, -1]
+
+
 def check_solo(model, inputs):
     """Prefill and cached steps of one row against the reference."""
     stock, new = reference_of(model), [7, 11, 5]
@@ -172,7 +200,7 @@ def test_generate(options, layers):
     batch = greedy(model, inputs)
     for i in range(len(ROWS)):
         assert torch.equal(batch[i : i + 1, -5:], greedy(model, solo_inputs(inputs, ROWS, i))[:, -5:])
-    if options["method"] != "fastv" or options["ratio"] == 1:
+    if not looks_at_last_token(options):
         assert torch.equal(batch, greedy(model, inputs, use_cache=False))
 
 
@@ -232,6 +260,8 @@ def test_any_batch_equals_the_reference_row_by_row(rows, options, layers, side):
         ("llava", {"method": "vtc_cls", "layer": 0, "token_num": 16}),
         ("llava", {"method": "random", "token_num": 16}),
         ("llava", {"method": "downsample", "factor": 1}),
+        ("llava", {"method": "illava", "vit_k": [], "llm_k": [2], "llm_r": 1}),
+        ("llava", {"method": "illava", "vit_k": [], "llm_k": [2], "llm_r": 0.99}),  # rounds to nothing
         ("llava_next", {"method": "vtw", "k": N_LAYERS}),
         ("llava_next", {"method": "vtc_cls", "layer": 0, "token_num": 16}),
     ],
@@ -258,7 +288,9 @@ def test_text_only_prompts_are_bit_identical(options):
     assert torch.equal(greedy(model, inputs), greedy(stock, inputs))
 
 
-@pytest.mark.parametrize("options", [options for options in ALL if "prumerge" not in options["method"]], ids=name)
+@pytest.mark.parametrize(
+    "options", [o for o in ALL if o["method"] not in ("prumerge", "prumerge_plus", "illava")], ids=name
+)
 def test_caches_shrink(options):
     model = reduced_model(options, [0, 2])
     inputs = make_inputs(model, ["ttIttt"])
@@ -309,11 +341,14 @@ class TestCaches:
                 dropped[fastv_kept(stock, whole, [0, 2], **fastv, start=n)] = False  # each turn by its last token
                 with discard_updates(stock, [0, 2], visual), hidden_tokens(stock, options["k"], dropped):
                     close(logits[0, -1], stock(**whole).logits[0, -1])
+            elif options.get("llm_k"):
+                if not options["vit_k"]:
+                    close(logits[0, -1], two_turns_of_illava(reference_of(model), whole, n, options))
             else:
                 close(logits[0, -1], model(**whole).logits[0, -1])
 
     def test_second_turn_of_generate_in_a_padded_batch(self):
-        for options in (DECODER[0], SELECTING[0], MERGING[1]):
+        for options in (DECODER[0], SELECTING[0], MERGING[1], ILLAVA[2]):
             model = reduced_model(options, [1])
             rows = ["ttItt", "tttt", "Itt"]
             inputs = make_inputs(model, rows)
@@ -338,7 +373,7 @@ class TestCaches:
         rows = ["ttItt", "tItttt", "tttt"]
         inputs = make_inputs(model, rows)
         beams = greedy(model, inputs, num_beams=3)
-        if options["method"] != "fastv" or options["ratio"] == 1:
+        if not looks_at_last_token(options):
             assert torch.equal(beams, greedy(model, inputs, num_beams=3, use_cache=False))
         for i in range(len(rows)):
             solo = greedy(model, solo_inputs(inputs, rows, i), num_beams=3)
@@ -349,7 +384,7 @@ class TestCaches:
         model = reduced_model(options, [0, 2])
         inputs = make_inputs(model, ["ttItttttt"])
         inputs["input_ids"][0, -2:] = inputs["input_ids"][0, -5:-3]
-        if options["method"] == "fastv" and options["ratio"] < 1:
+        if looks_at_last_token(options):
             with pytest.raises(ValueError, match="assisted"):
                 greedy(model, inputs, prompt_lookup_num_tokens=3)
         else:
@@ -443,7 +478,7 @@ def two_turns(stock, whole, visual, first, k_first, k_second):
 
 
 class TestOtherInputs:
-    @pytest.mark.parametrize("options", DECODER, ids=name)
+    @pytest.mark.parametrize("options", [*DECODER, ILLAVA[0]], ids=name)
     def test_embeddings_with_visual_mask(self, options):
         model = reduced_model(options, [0, 2])
         inputs = make_inputs(model, ["ttItt", "tItItt"])
@@ -456,7 +491,7 @@ class TestOtherInputs:
             assert torch.equal(model(**kept).logits, expected.logits)
             assert torch.equal(greedy(model, kept), greedy(model, inputs)[:, -5:])
 
-    @pytest.mark.parametrize("options", SELECTING + MERGING, ids=name)
+    @pytest.mark.parametrize("options", SELECTING + MERGING + ILLAVA[1:], ids=name)
     def test_embeddings_that_hold_features_cannot_be_reduced_before_the_model(self, options):
         model = reduced_model(options)
         mask = torch.tensor([[False, True, True, False]])
@@ -487,7 +522,7 @@ class TestOtherInputs:
                 logits.append(model(**chunk, **{CACHE: cache}).logits)
         close(torch.cat(logits, 1)[~visual_mask], output.logits[~visual_mask])
 
-    @pytest.mark.parametrize("options", [o for o in ALL if o["method"] != "fastv"], ids=name)
+    @pytest.mark.parametrize("options", [o for o in ALL if o["method"] != "fastv" and not o.get("llm_k")], ids=name)
     def test_chunked_prefill_of_generate(self, options):
         model = reduced_model(options, [0, 2])
         stock, inputs = make_stock(model), make_inputs(model, ["ttItttItt"])
@@ -661,8 +696,8 @@ class TestOptions:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ("fastv", "one of downsample, fastv, prumerge"),
-            ({}, "one of downsample, fastv, prumerge"),
+            ("fastv", "one of downsample, fastv, illava, prumerge"),
+            ({}, "one of downsample, fastv, illava, prumerge"),
             ({"method": "nonsense"}, "'nonsense'; valid methods are downsample, fastv"),
             ({"method": "fastv", "r": 0.5}, "no option 'r'; valid options are k, ratio"),
             ({"method": "prumerge", "k": 1}, "valid options are none"),

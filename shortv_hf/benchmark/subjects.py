@@ -7,16 +7,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
-from ..configuration_shortv import SHORTV_FIELDS, ShortVLlavaConfig
+from ..configuration_shortv import SHORTV_FIELDS, ShortVLlavaConfig, ShortVLlavaOnevisionConfig
 from ..flops.equations import visual_tokens_by_layer
 from ..hub.loading import model_classes
 from ..hub.paper import PAPER_MODELS
 from ..hub.trial import TOKEN_TYPES, visual_ids
 from ..modeling_shortv import MODELS
 from ..reduction import METHODS as REDUCTIONS
-from ..reduction import ImageReduction, ModelSizes, visual_reduction_from_text
+from ..reduction import ModelSizes, visual_reduction_from_text
 from ..upstream import image_features
 
 
@@ -73,6 +80,27 @@ def cpu_small() -> Subject:
     return Subject(config, swept=(4, 8, 10, 12), vtw_layer=8, images=(1, 5))
 
 
+def onevision() -> Subject:
+    """LLaVA-OneVision with Qwen2-0.5B; the last half of its layers are frozen, since nobody has ranked them."""
+    text = Qwen2Config(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+        vocab_size=152000, tie_word_embeddings=True,
+    )  # fmt: skip
+    vision = SiglipVisionConfig(
+        hidden_size=1152, intermediate_size=4304, num_hidden_layers=26, num_attention_heads=16, image_size=384,
+        patch_size=14, vision_use_head=False,
+    )  # fmt: skip
+    sides = [384 * n for n in range(1, 7)]
+    fields: dict[str, Any] = {
+        "text_config": text.to_dict(),
+        "vision_config": vision.to_dict(),
+        "image_grid_pinpoints": [[height, width] for height in sides for width in sides],
+        "shortv_layers": range(23, 11, -1),
+    }
+    config = ShortVLlavaOnevisionConfig(**fields)
+    return Subject(config, swept=(6, 12), vtw_layer=12)
+
+
 def of_the_paper(name: str) -> Subject:
     """One of the paper's models."""
     model = PAPER_MODELS[name]
@@ -81,6 +109,7 @@ def of_the_paper(name: str) -> Subject:
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "cpu-small": cpu_small,
+    "onevision-0.5b": onevision,
     **{name: partial(of_the_paper, name) for name in PAPER_MODELS},
 }
 
@@ -115,8 +144,10 @@ class Method:
     @property
     def works_on_images(self) -> bool:
         """Whether tokens leave before the language model."""
-        reduction = self.visual_reduction
-        return reduction is not None and issubclass(REDUCTIONS[reduction["method"]], ImageReduction)
+        if self.visual_reduction is None:
+            return False
+        options = dict(self.visual_reduction)
+        return REDUCTIONS[options.pop("method")](**options).cuts_images
 
     def per_layer(self, v: int, config: PretrainedConfig) -> list[tuple[int, bool]]:
         """Visual tokens of each decoder layer, of `v` in the prompt, and whether the layer freezes them. `config`: that of
@@ -159,8 +190,8 @@ def choose_methods(subject: Subject, names: Sequence[str], num_layers: Sequence[
 
 
 def parse_method(text: str, subject: Subject) -> dict:
-    """The reduction that a text names; FastV's and VTW's options, where it gives none, are the benchmark's. Whether the
-    model can have it is not checked. Raises `ValueError` if it is none."""
+    """The reduction that a text names. Where it gives no options, FastV's and VTW's are the benchmark's, others those that
+    a method has for the model. Whether the model can have it is not checked. Raises `ValueError` if it is none."""
     reduction = visual_reduction_from_text(text)
     defaults = {"fastv": FASTV, "vtw": {"method": "vtw", "k": subject.vtw_layer}}
     name = None if reduction is None else reduction.get("method")
@@ -169,7 +200,9 @@ def parse_method(text: str, subject: Subject) -> dict:
             f"--methods takes shortv, a token reduction ({', '.join(REDUCTIONS)}; with options after a colon), or "
             f"{WITH_SHORTV} and one, got {text!r}"
         )
-    return defaults.get(name, reduction) if len(reduction) == 1 else reduction
+    if len(reduction) > 1:
+        return reduction
+    return defaults[name] if name in defaults else REDUCTIONS[name].defaults(subject.config)
 
 
 def build_models(

@@ -7,14 +7,18 @@ The paper writes the attention projections as 4h² per token. Here they follow t
 attention, K and V are smaller. For the paper's models (no grouping) the two are the same.
 
 A reduction method changes v: from layer k on to what FastV or VTW keep, in all layers to what methods before the language
-model keep; ShortV layers freeze what is left. FastV's own cost, one row of attention, is left out: at most 4(t+v)h + 2h².
+model keep; ShortV layers freeze what is left. The cost of ranking tokens by one row of attention is left out: at most
+4(t+v)h + 2h² for each layer that tokens leave at; by log-sum-exp (iLLaVA's `"lse"`), every visual token's row is one:
+2v(t+v)h + 2vh².
+
+Merging inside a vision tower makes that cheaper too: [`tower_flops`].
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .. import configuration_shortv  # noqa: F401  # registers the methods
-from ..reduction import ModelSizes, Reduction, StreamReduction, parse_visual_reduction, tokens_per_image
+from ..reduction import ModelSizes, Reduction, parse_visual_reduction, tokens_per_image
 
 
 @dataclass(frozen=True)
@@ -73,15 +77,16 @@ def visual_tokens_of(config) -> int:
 
 
 def kept_visual_tokens(v: int, visual_reduction: dict | None, config=None, *, kept: int | None = None) -> int:
-    """How many of `v` visual tokens a method leaves.
+    """How many of `v` visual tokens a method leaves in the last layer.
 
     Some methods (PruMerge) keep as many as an image asks for, and in some families (LLaVA-NeXT) the tokens of an image
-    depend on its shape: there the caller says how many are `kept`.
+    depend on its shape: there the caller says how many are `kept` before the decoder.
 
     Raises:
         ValueError: for a bad method or option, if `kept` is needed and missing, or if it is not in 0..v.
     """
-    return _left(_parse(visual_reduction, v, config), v, config, kept)
+    steps = _steps(_parse(visual_reduction, v, config), v, config, kept)
+    return steps[-1][1] if steps else v
 
 
 def visual_tokens_by_layer(
@@ -89,10 +94,8 @@ def visual_tokens_by_layer(
 ) -> list[int]:
     """How many of `v` visual tokens each of `n_layers` decoder layers sees. Arguments and errors as in
     [`kept_visual_tokens`]."""
-    reduction = _parse(visual_reduction, v, config, n_layers)
-    left = _left(reduction, v, config, kept)
-    first = 0 if reduction is None else reduction.first_layer
-    return [v if layer < first else left for layer in range(n_layers)]
+    steps = _steps(_parse(visual_reduction, v, config, n_layers), v, config, kept)
+    return [next((left for first, left in reversed(steps) if layer >= first), v) for layer in range(n_layers)]
 
 
 def _parse(visual_reduction: dict | None, v: int, config=None, n_layers: int | None = None) -> Reduction | None:
@@ -107,22 +110,21 @@ def _sizes(v: int, config=None, n_layers: int | None = None) -> ModelSizes:
     return ModelSizes(n_layers, 24, "clip_vision_model", v, False, False)
 
 
-def _left(reduction: Reduction | None, v: int, config, kept: int | None) -> int:
-    if kept is not None and (reduction is None or isinstance(reduction, StreamReduction)):
+def _steps(reduction: Reduction | None, v: int, config, kept: int | None) -> list[tuple[int, int]]:
+    """From which layers on how many of `v` visual tokens are left."""
+    if kept is not None and (reduction is None or not reduction.cuts_images):
         method = "no method" if reduction is None else reduction.method
         raise ValueError(f"kept is {kept}; with {method}, the options say how many visual tokens stay")
-    if kept is not None:
-        if not 0 <= kept <= v:
-            raise ValueError(f"kept is {kept}; of {v} visual tokens, the valid range is 0 to {v}")
-        return kept
+    if kept is not None and not 0 <= kept <= v:
+        raise ValueError(f"kept is {kept}; of {v} visual tokens, the valid range is 0 to {v}")
     if reduction is None:
-        return v
-    left = reduction.left(v, _sizes(v, config))
-    if left is None:
+        return []
+    steps = reduction.steps(v, _sizes(v, config), kept)
+    if steps is None:
         raise ValueError(
-            f"how many of {v} visual tokens {reduction.method} keeps depends on the image: say how many are kept (--kept)"
+            f"how many of {v} visual tokens {reduction.method} keeps depends on the image: say how many are kept before the decoder (--kept)"
         )
-    return left
+    return steps
 
 
 def prefill_flops(
@@ -147,7 +149,7 @@ def prefill_flops(
         N: number of ShortV layers, where it does not matter which.
         h, m, L: hidden size, FFN size and number of layers instead of the config's.
         shortv_layers, visual_reduction: instead of the config's.
-        kept: visual tokens that a method leaves, where its options do not say ([`kept_visual_tokens`]).
+        kept: visual tokens that reach the decoder, where the options do not say ([`kept_visual_tokens`]).
 
     Raises:
         ValueError: if N is not in 0..L, if a method drops tokens in the middle of the stack and N does not say which
@@ -167,9 +169,10 @@ def prefill_flops(
         raise ValueError(f"N is {N}; the model has {L} layers, so the valid range is 0 to {L}")
     if shortv_layers is None and N and visual_reduction is not None:
         reduction = _parse(visual_reduction, v, config, L)
-        if reduction is not None and reduction.first_layer:
+        if reduction is not None and reduction.in_decoder is not None:
             raise ValueError(
-                f"{reduction.method} drops tokens at layer {reduction.first_layer}: pass shortv_layers instead of N = {N}"
+                f"{reduction.method} drops tokens at layer {reduction.in_decoder.layers[0]}: pass shortv_layers instead of "
+                f"N = {N}"
             )
     counts = visual_tokens_by_layer(v, L, visual_reduction, config, kept=kept)
     frozen = range(N) if shortv_layers is None else shortv_layers
@@ -185,3 +188,37 @@ def flops_ratio(t: int, v: int, config=None, *, h=None, m=None, L=None, **reduce
 def _check_counts(t: int, v: int):
     if t < 0 or v < 0 or t + v == 0:
         raise ValueError(f"t = {t} text and v = {v} visual tokens: both must be 0 or more, and not both 0")
+
+
+def tower_flops(pictures: Sequence[int], config, visual_reduction: dict | None = None) -> int:
+    """FLOPs of the layers of a vision tower, for pictures (images, tiles, frames) of so many patches.
+
+    A layer of n tokens, C channels and an FFN of m: `8nC² + 4n²C + 4nCm`. One that merges r patches spares the FFN for
+    them, and takes `4nC² + 2n²C` for scores (where Q, K and V are one projection, `6nC² + 2n²C`).
+
+    Args:
+        config: of the vision-language model; a CLIP, SigLIP or InternVL tower, or Qwen2-VL's.
+        visual_reduction: its method may merge in the tower; others change nothing here.
+
+    Raises:
+        ValueError: for bad options, or another tower.
+    """
+    vision, sizes = config.vision_config, ModelSizes.of(config)
+    if sizes.tower is None:
+        raise ValueError(f"the FLOPs of a {vision.model_type!r} tower are not known")
+    qwen = not hasattr(vision, "intermediate_size")
+    width = vision.embed_dim if qwen else vision.hidden_size
+    ffn = int(width * vision.mlp_ratio) if qwen else vision.intermediate_size
+    reduction = parse_visual_reduction(visual_reduction, sizes)
+    merging = None if reduction is None else reduction.in_tower
+    total = 0
+    for patches in pictures:
+        others = sizes.tower.others
+        for layer in range(sizes.vision_layers):
+            n = patches + others
+            total += 8 * n * width**2 + 4 * n**2 * width
+            if merging is not None and layer in merging.layers:
+                total += (6 if qwen else 4) * n * width**2 + 2 * n**2 * width
+                patches -= merging.removed(patches, sizes.tower.unit)
+            total += 4 * (patches + others) * width * ffn
+    return total

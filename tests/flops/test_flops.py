@@ -2,15 +2,18 @@
 
 from pathlib import Path
 
+import families
 import pytest
 import torch
+import transformers
 from helpers import make_config, make_images
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, MistralConfig
 
-from shortv_hf import ShortVLlavaForConditionalGeneration
-from shortv_hf.flops import flops_ratio, layer_flops, prefill_flops
+from shortv_hf import ShortVLlavaForConditionalGeneration, illava_defaults
+from shortv_hf.flops import flops_ratio, layer_flops, prefill_flops, tower_flops
+from shortv_hf.reduction import TowerSizes
 from shortv_hf.upstream import used_image_features
 
 
@@ -222,6 +225,8 @@ def test_bad_arguments(arguments, message):
         {"method": "fastv", "k": 2, "ratio": 0.5}, {"method": "fastv", "k": 1, "ratio": 0.9}, {"method": "vtw", "k": 3},
         {"method": "vtc_cls", "layer": 0, "token_num": 5}, {"method": "random", "token_num": 11},
         {"method": "downsample", "factor": 2}, {"method": "prumerge"}, {"method": "prumerge_plus"},
+        {"method": "illava", "vit_k": [], "llm_k": [1, 3], "llm_r": 0.7},
+        {"method": "illava", "vit_k": [0], "vit_r": 5, "llm_k": [2], "llm_r": 0.5},
     ],
     ids=str,
 )  # fmt: skip
@@ -237,3 +242,46 @@ def test_counted_flops_of_reductions(layers, options, t, images):
     counts = [sum(c.values()) for name, c in counter.get_flop_counts().items() if name.endswith("language_model")]
     kept = len(used_image_features(output)) if "prumerge" in options["method"] else None
     assert counts == [pytest.approx(prefill_flops(t, v, model.config, kept=kept), rel=0.01)]
+
+
+@pytest.mark.parametrize("score", ["attention", "lse"])
+@pytest.mark.parametrize("family", ["llava", "llava_onevision", "internvl", "qwen2_vl"])
+def test_counted_flops_of_towers(family, score):
+    """With and without merging, in all layers that can merge."""
+    stock = families.build(family)
+    tower = TowerSizes.of(stock.config)
+    given = families.make_inputs(family, ["tItIt"])
+    r = {"llava": 5, "llava_onevision": 7, "internvl": 12, "qwen2_vl": 0.3}[family]
+    options = {"method": "illava", "vit_k": [0], "vit_r": r, "llm_k": [], "score": score}
+    pixels = given["pixel_values"]
+    n = tower.patches or None
+    pictures = [32, 16] if n is None else [n] * (pixels.numel() // (3 * 16 * 16))
+    counts = []
+    for reduction in (None, options):
+        model = families.shortv_of(stock, [], reduction)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(**given)
+        layers = [
+            sum(c.values())
+            for name, c in counter.get_flop_counts().items()
+            if name.count(".") > 3
+            and name.rsplit(".", 1)[0].endswith(("encoder.layers", "encoder.layer", "visual.blocks"))
+        ]
+        counts.append(sum(layers))
+        assert counts[-1] == pytest.approx(tower_flops(pictures, stock.config, reduction), rel=0.01)
+    assert counts[0] != counts[1]
+
+
+def test_released_settings_make_the_tower_cheaper():
+    """729 patches in 26 layers, 361 left from layer 9 on: 64 %, what scores cost included."""
+    vision = transformers.SiglipVisionConfig(
+        hidden_size=1152,
+        intermediate_size=4304,
+        num_hidden_layers=26,
+        num_attention_heads=16,
+        image_size=384,
+        patch_size=14,
+    )
+    config = transformers.LlavaOnevisionConfig(vision_config=vision)
+    dense, merged = (tower_flops([729], config, options) for options in (None, illava_defaults(config)))
+    assert merged / dense == pytest.approx(0.636, abs=0.001)

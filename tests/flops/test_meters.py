@@ -64,6 +64,8 @@ def test_live_bytes():
     [
         {"method": "fastv", "k": 1, "ratio": 0.5}, {"method": "fastv", "k": 2, "ratio": 0.5}, {"method": "vtw", "k": 1},
         {"method": "vtc_cls", "layer": 0, "token_num": 128}, {"method": "downsample", "factor": 2},
+        {"method": "illava", "vit_k": [0], "vit_r": 412, "llm_k": [2], "llm_r": 0.5},
+        {"method": "illava", "vit_k": [], "llm_k": [1], "llm_r": 0.3},
     ],
     ids=str,
 )  # fmt: skip

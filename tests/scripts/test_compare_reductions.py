@@ -34,7 +34,7 @@ def test_from_repo_to_table(family, tmp_path, monkeypatch, capsys):
     assert rows["dense"]["kl_nats"] == 0 and rows["dense"]["flops_ratio"] == rows["dense"]["cache_ratio"] == 1
     assert rows["ShortV"]["cache_ratio"] == 1 and rows["ShortV"]["kl_nats"] > 0
     assert rows["ShortV"]["flops_ratio"] == pytest.approx(report["target_ratio"], abs=0.02)
-    methods = {"fastv", "vtw", "vtc_cls", "random"}
+    methods = {"fastv", "vtw", "vtc_cls", "random", "illava"}
     if family == "llava":
         methods |= {"prumerge", "prumerge_plus", "downsample"}
         assert rows["random"]["flops_ratio"] == pytest.approx(report["target_ratio"], abs=0.05)
