@@ -14,10 +14,10 @@ from PIL import Image, ImageDraw, ImageFont
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..data.images import to_rgb
-from ..data.inputs import visual_mask
+from ..data.inputs import encode_messages, to_device, visual_mask
 from ..data.prompts import user_message
+from ..data.video import Video
 from ..reduction import (
-    ImageReduction,
     ModelSizes,
     Patches,
     StreamReduction,
@@ -41,6 +41,7 @@ LEGEND = {
 LEGEND_OF_MERGING = LEGEND | {KEPT: "thick frame: kept"}
 LEGEND_OF_AVERAGING = "the patches within one outline are averaged into one token"
 RANK = {ABSENT: 0, DROPPED: 1, REST: 2, MERGED: 3, KEPT: 4}  # what is drawn of a patch that several tokens take
+STEPS = (-1, 0, 1)  # to the neighbours of a patch
 INK, OUTLINE, VEIL, PADDING, WHITE = "#333333", "#ffd23c", "#484850", "#ebebeb", "white"
 
 
@@ -82,8 +83,8 @@ def patch_fates(model: Any, inputs: dict, options: dict | None) -> list[PatchFat
         with model.using(visual_reduction=None):
             return image_features(model.get_image_features(**image))
 
-    if isinstance(reduction, ImageReduction):
-        ((_, patches, tokens),) = reduced_images(model.model, reduction, features, **where)
+    if reduction is not None and reduction.on_images is not None:
+        ((_, patches, tokens),) = reduced_images(model.model, reduction.on_images, features, **where)
     else:
         (feature,) = features()
         (patches,) = find_patches(model.model, sizes, [len(feature)], feature.device, **where)
@@ -163,11 +164,14 @@ def seen_pictures(inputs: dict, processor: ProcessorMixin, image: Image.Image) -
     image itself where the processor cuts it into patches."""
     if inputs["pixel_values"].ndim == 2:
         return [to_rgb(image)]
-    pixels = inputs["pixel_values"][0].float().cpu()
-    pixels = pixels if pixels.ndim == 4 else pixels[None]
-    image_processor = processor.image_processor
-    mean, std = (torch.tensor(getattr(image_processor, name)) for name in ("image_mean", "image_std"))
-    pixels = (pixels * std[:, None, None] + mean[:, None, None]).clamp(0, 1)
+    pixels = inputs["pixel_values"][0]
+    return from_pixels(pixels if pixels.ndim == 4 else pixels[None], processor.image_processor)
+
+
+def from_pixels(pixels: torch.Tensor, image_processor: Any) -> list[Image.Image]:
+    """Pictures whose normalized `pixels` `[I, 3, H, W]` are."""
+    mean, std = (torch.tensor(getattr(image_processor, name))[:, None, None] for name in ("image_mean", "image_std"))
+    pixels = (pixels.float().cpu() * std + mean).clamp(0, 1)
     return [Image.fromarray((tile.permute(1, 2, 0) * 255).byte().numpy()) for tile in pixels]
 
 
@@ -203,12 +207,24 @@ def draw_patches(picture: Image.Image, fates: PatchFates, size: int = 448) -> Im
             result.paste(picture.crop((x, y, x + cell, y + cell)), (x, y))
             line = min(max(cell // 15, 1), 3) * (2 if merging and state == KEPT else 1)
             contrast = line + (cell > 16)  # a dark line beside the coloured one, for pictures of the same colour
-            for width, colour in ((contrast, VEIL), (line, colours.get(group, OUTLINE))):
-                spans = {-1: (0, width - 1), 0: (0, end), 1: (end - width + 1, end)}
-                for (dx, (left, right)), (dy, (top, bottom)) in product(spans.items(), repeat=2):
-                    if regions.get((column + dx, row + dy)) != (state, group):
-                        draw.rectangle((x + left, y + top, x + right, y + bottom), colour)
+            lines = ((contrast, VEIL), (line, colours.get(group, OUTLINE)))
+            near = {
+                step: regions.get((column + step[0], row + step[1])) == (state, group)
+                for step in product(STEPS, STEPS)
+            }
+            draw_outline(draw, (x, y), cell, lines, near)
     return result
+
+
+def draw_outline(draw: ImageDraw.ImageDraw, corner, cell: int, lines, near: dict[tuple[int, int], bool]) -> None:
+    """Inside the patch at a `corner`, `lines` of some (width, colour), the widest first, along those of its neighbours, one to
+    the right and one below and so on, that are not `near` it in what becomes of them."""
+    (x, y), end = corner, cell - 1
+    for width, colour in lines:
+        spans = {-1: (0, width - 1), 0: (0, end), 1: (end - width + 1, end)}
+        for (dx, (left, right)), (dy, (top, bottom)) in product(spans.items(), repeat=2):
+            if not near[dx, dy]:
+                draw.rectangle((x + left, y + top, x + right, y + bottom), colour)
 
 
 def _colour(number: int) -> tuple[int, int, int]:
@@ -221,16 +237,28 @@ def _colour(number: int) -> tuple[int, int, int]:
 def draw_fates(pictures, panels: list[list[PatchFates]], titles: list[str], output: str | Path) -> Path:
     """A sheet with one row of tiles per entry of `panels`, its title above. Returns `output`, a PNG file."""
     size = 224 if len(panels) > 1 else 448 if len(pictures) > 1 else 720
-    font, small = ImageFont.load_default(17), ImageFont.load_default(12)
-    rows = [[draw_patches(*pair, size) for pair in zip(pictures, fates, strict=True)] for fates in panels]
-    width, height, gap = rows[0][0].width, rows[0][0].height, 12
-    per_line = max(1, min(len(rows), 4)) if len(pictures) == 1 else 1
-    panel_width = len(pictures) * (width + gap) - gap
-    sheet_width = per_line * (panel_width + gap) + gap
+    rows = [
+        [(draw_patches(picture, fate, size), fate.title) for picture, fate in zip(pictures, fates, strict=True)]
+        for fates in panels
+    ]
     states = {state for fates in panels for fate in fates for state in fate.states.tolist()}
     entries = LEGEND_OF_MERGING if MERGED in states else LEGEND
     drawn = " · ".join(text for state, text in entries.items() if state in states)
-    legend = wrap_text(LEGEND_OF_AVERAGING if states == {MERGED} else drawn, small.getlength, sheet_width - 2 * gap)
+    return draw_sheet(rows, titles, LEGEND_OF_AVERAGING if states == {MERGED} else drawn, output)
+
+
+def draw_sheet(
+    rows: list[list[tuple[Image.Image, str]]], titles: list[str], legend: str, output: str | Path, per_line: int = 4
+) -> Path:
+    """A sheet with one panel of drawn tiles, each with its caption, per entry of `rows`, and its title above; of panels of
+    one tile, `per_line` stand in a line. Returns `output`, a PNG file."""
+    font, small = ImageFont.load_default(17), ImageFont.load_default(12)
+    n_tiles, (width, height), gap = len(rows[0]), rows[0][0][0].size, 12
+    captions = 22 if any(caption for row in rows for _, caption in row) else 2  # their height
+    per_line = max(1, min(len(rows), per_line)) if n_tiles == 1 else 1
+    panel_width = n_tiles * (width + gap) - gap
+    sheet_width = per_line * (panel_width + gap) + gap
+    notes = wrap_text(legend, small.getlength, sheet_width - 2 * gap)
 
     texts, places, y = [], [], 8  # ((x, y), text, font) and ((x, y), tile)
     for first in range(0, len(rows), per_line):
@@ -240,13 +268,13 @@ def draw_fates(pictures, panels: list[list[PatchFates]], titles: list[str], outp
         for column, number in enumerate(numbers):
             left = gap + column * (panel_width + gap)
             texts += [((left, y + 22 * i), line, font) for i, line in enumerate(lines[number])]
-            for tile, (picture, fate) in enumerate(zip(rows[number], panels[number], strict=True)):
+            for tile, (picture, caption) in enumerate(rows[number]):
                 x = left + tile * (width + gap)
-                texts.append(((x, below + 2), fate.title, small))
-                places.append(((x, below + 22), picture))
-        y = below + 22 + height + 14
-    texts += [((gap, y + 17 * i), line, small) for i, line in enumerate(legend)]
-    sheet = Image.new("RGB", (sheet_width, y + 17 * len(legend) + 9), WHITE)
+                texts.append(((x, below + 2), caption, small))
+                places.append(((x, below + captions), picture))
+        y = below + captions + height + 14
+    texts += [((gap, y + 17 * i), line, small) for i, line in enumerate(notes)]
+    sheet = Image.new("RGB", (sheet_width, y + 17 * len(notes) + 9), WHITE)
     draw = ImageDraw.Draw(sheet)
     for place, picture in places:
         sheet.paste(picture, place)
@@ -259,24 +287,36 @@ def draw_fates(pictures, panels: list[list[PatchFates]], titles: list[str], outp
 def draw_reduction(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    image: Image.Image,
+    image: Image.Image | Video,
     prompt: str,
     options: dict,
     output,
     progress=iter,
+    token: int | None = None,
 ) -> Path:
     """What `options` do with the patches of `image` under the question `prompt`; PNG.
 
     A method that ranks tokens in a decoder layer (FastV): what it keeps at its own, and what it would keep at every
-    other; `progress` wraps the iteration.
+    other; `progress` wraps the iteration. One that merges tokens there or in the vision tower (iLLaVA): what is left
+    behind each of its layers, and what has gone into the `token` of a patch; this one on videos too.
     """
-    text = processor.apply_chat_template([user_message(prompt, [image], processor)], add_generation_prompt=True)
-    inputs = dict(processor(text=text, images=[to_rgb(image)], return_tensors="pt").to(model.device))
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    from .merging import draw_merging
+
+    images, videos = ([], [image]) if isinstance(image, Video) else ([to_rgb(image)], [])
+    message = user_message(prompt, images, processor, videos)
+    inputs = to_device(model, encode_messages([message], processor, images, videos))
     reduction = parse_visual_reduction(options, ModelSizes.of(model.config))
     if reduction is None:
         raise ValueError("there is no method to draw: pass one such as fastv:k=2,ratio=0.5")
-    variants, titles = [options], [_describe(options)]
+    if reduction.in_tower is not None or (reduction.in_decoder is not None and reduction.merges):
+        return draw_merging(model, inputs, processor.image_processor, options, output, token)
+    if isinstance(image, Video):
+        raise ValueError(f"what {reduction.method} does is drawn on pictures only")
+    if token is not None:
+        raise ValueError(
+            f"{reduction.method} merges nothing in the tower or the decoder, so there is no token to follow"
+        )
+    variants, titles = [options], [describe(options)]
     if isinstance(reduction, StreamReduction) and reduction.needs_scores:
         sizes = ModelSizes.of(model.config)
         others = [k for k in range(max(sizes.deepstack, 1), sizes.decoder_layers) if k != reduction.k]
@@ -286,6 +326,6 @@ def draw_reduction(
     return draw_fates(seen_pictures(inputs, processor, image)[: len(panels[0])], panels, titles, output)
 
 
-def _describe(options: dict) -> str:
+def describe(options: dict) -> str:
     rest = ", ".join(f"{name} = {value}" for name, value in options.items() if name != "method")
     return f"{options['method']}{': ' if rest else ''}{rest}"

@@ -88,6 +88,8 @@ def test_nothing_to_draw():
         ("prumerge", {"method": "prumerge"}),
         (' {"method": "vtw", "k": 16}', {"method": "vtw", "k": 16}),
         ("vtw: k=3", {"method": "vtw", "k": 3}),
+        ("illava:vit_k=[1],vit_r=7,llm_k=[2]", {"method": "illava", "vit_k": [1], "vit_r": 7, "llm_k": [2]}),
+        ("illava:vit_k=[5, 6],llm_k=[],vit_r=5", {"method": "illava", "vit_k": [5, 6], "llm_k": [], "vit_r": 5}),
         ("none", None),
     ],
     ids=str,
@@ -96,7 +98,7 @@ def test_reduction_from_text(text, expected):
     assert visual_reduction_from_text(text) == expected
 
 
-@pytest.mark.parametrize("text", ["{broken", "fastv:k", "fastv:k=two"])
+@pytest.mark.parametrize("text", ["{broken", "fastv:k", "fastv:k=two", "illava:llm_k=[2,3", "illava:llm_k=2,3]"])
 def test_unreadable_reduction(text):
     with pytest.raises(ValueError, match="cannot read.*method:option=value"):
         visual_reduction_from_text(text)
