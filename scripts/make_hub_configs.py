@@ -3,7 +3,7 @@
     python scripts/make_hub_configs.py [--output FOLDER [--overwrite]]
 
 The paper's models are in `shortv_hf/hub/paper.py`. The cards quote what `scripts/results/` holds about them. Where the
-folder of the demonstration model has a `results.json`, its card and picture are written too. The checkout's own
+folder of a demonstration model has a `results.json`, its card and picture are written too. The checkout's own
 `hub_configs/` is written anew; in another FOLDER, the folders of the repos have to be new or empty.
 """
 
@@ -11,7 +11,9 @@ import argparse
 import json
 from pathlib import Path
 
-from shortv_hf.configuration_shortv import ShortVLlavaConfig
+from transformers import AutoConfig
+
+import shortv_hf  # noqa: F401  # registers the classes
 from shortv_hf.data import outputs
 from shortv_hf.flops import visual_tokens_of
 from shortv_hf.hub.build import RANKING
@@ -22,7 +24,7 @@ from shortv_hf.pictures.plots import draw_frozen_layers
 
 
 HUB_CONFIGS = Path(__file__).parent.parent / "hub_configs"
-DEMO = "shortv-shapes-demo"
+DEMOS = ("shortv-shapes-demo", "shortv-moving-shapes-demo")
 PICTURE = "frozen_layers.png"
 GENERATION_CONFIG = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32001}
 
@@ -48,12 +50,14 @@ def measured(name: str, results: Path = Path(__file__).parent / "results") -> li
 
 
 def write_demo_card(folder: Path):
-    """The demonstration model's card, from its config and `results.json` (format: `shortv_hf.hub.card.demo_card`)."""
-    config = ShortVLlavaConfig.from_pretrained(folder)
+    """A demonstration model's card, from its config and `results.json` (format: `shortv_hf.hub.card.demo_card`)."""
+    config = AutoConfig.from_pretrained(folder)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     ranking = LayerRanking.load(folder / RANKING)
     with outputs.whole_file(folder / PICTURE) as picture:
-        draw_frozen_layers(config, picture, t=13, v=64, title=folder.name)
+        draw_frozen_layers(
+            config, picture, round(ranking.text_tokens), round(ranking.visual_tokens), title=folder.name
+        )
     outputs.write_text(folder / "README.md", str(demo_card(config, folder.name, results, PICTURE, ranking)))
 
 
@@ -63,9 +67,9 @@ def main():
     parser.add_argument("--overwrite", action="store_true", help="replace files of the same names in --output")
     args = parser.parse_args()
     output = args.output
-    has_demo = (output / DEMO / "results.json").is_file()
+    demos = [name for name in DEMOS if (output / name / "results.json").is_file()]
     try:
-        for name in [*(model.repo for model in PAPER_MODELS.values()), *([DEMO] if has_demo else [])]:
+        for name in [*(model.repo for model in PAPER_MODELS.values()), *demos]:
             outputs.check_folder(output / name, args.overwrite, own=output.resolve() == HUB_CONFIGS.resolve())
     except ValueError as error:
         parser.error(str(error))
@@ -87,9 +91,9 @@ def main():
         )
         outputs.write_text(folder / "README.md", str(card))
         print(folder)
-    if has_demo:
-        write_demo_card(output / DEMO)
-        print(output / DEMO)
+    for name in demos:
+        write_demo_card(output / name)
+        print(output / name)
 
 
 if __name__ == "__main__":

@@ -92,9 +92,9 @@ def make_scene(rng: random.Random) -> Scene:
     objects: list[Object] = []
     while len(objects) < n_objects and cells:
         candidate = _make_object(rng, rng.choice(colors), rng.choice(shapes), cells.pop())
-        if not any(_overlap(candidate, other) for other in objects):
+        if not any(overlap(candidate, other) for other in objects):
             objects.append(candidate)
-    return Scene(tuple(sorted(objects, key=lambda o: o.place)), _make_background(rng))
+    return Scene(tuple(sorted(objects, key=lambda o: o.place)), make_background(rng))
 
 
 def _make_object(rng: random.Random, color: str, shape: str, place: int) -> Object:
@@ -105,16 +105,22 @@ def _make_object(rng: random.Random, color: str, shape: str, place: int) -> Obje
     x, y = ((2 * cell + 1) / 6 + rng.uniform(-0.08, 0.08) for cell in (column, row))
     x = min(max(x, width / 2 + 0.01), 0.99 - width / 2)
     y = min(max(y, height / 2 + 0.01), 0.99 - height / 2)
+    return Object(color, shape, size, place, x, y, width, height, shade(rng, color))
+
+
+def shade(rng: random.Random, color: str) -> tuple[int, int, int]:
+    """A red, green and blue near `color`."""
     red, green, blue = (min(255, max(0, round(value + rng.uniform(-22, 22)))) for value in COLORS[color])
-    return Object(color, shape, size, place, x, y, width, height, (red, green, blue))
+    return red, green, blue
 
 
-def _overlap(a: Object, b: Object, gap: float = 0.02) -> bool:
+def overlap(a: Object, b: Object, gap: float = 0.02) -> bool:
+    """Whether the boxes of two objects come closer than `gap`."""
     apart = abs(a.x - b.x) > (a.width + b.width) / 2 + gap or abs(a.y - b.y) > (a.height + b.height) / 2 + gap
     return not apart
 
 
-def _make_background(rng: random.Random) -> tuple[int, int, int]:
+def make_background(rng: random.Random) -> tuple[int, int, int]:
     """White, a light tint, grey, or nearly black."""
     low, high = rng.choice(((255, 255), (225, 255), (225, 255), (165, 205), (0, 45)))
     grey = rng.uniform(low, high)
@@ -167,14 +173,14 @@ def caption(scene: Scene) -> str:
 
 
 def _describe(objects: Sequence[Object]) -> str:
-    return ", ".join(f"{_article(obj.name)} {obj.name} {_at(obj.place)}" for obj in objects)
+    return ", ".join(f"{article(obj.name)} {obj.name} {_at(obj.place)}" for obj in objects)
 
 
 def _at(place: int) -> str:
     return f"{'in' if PLACES[place] == 'center' else 'at'} the {PLACES[place]}"
 
 
-def _article(words: str) -> str:
+def article(words: str) -> str:
     return "an" if words[0] in "aeiou" else "a"
 
 
@@ -182,7 +188,7 @@ def _matches(scene: Scene, **attributes: str) -> list[Object]:
     return [obj for obj in scene.objects if all(getattr(obj, name) == value for name, value in attributes.items())]
 
 
-def _phrase(attributes: dict[str, str], plural: bool = False) -> str:
+def noun_phrase(attributes: dict[str, str], plural: bool = False) -> str:
     """ "large red circle" or, without a shape, "large red object"."""
     words = [attributes[name] for name in ("size", "color") if name in attributes]
     noun = attributes.get("shape", "object")
@@ -198,7 +204,7 @@ def _refer(scene: Scene, obj: Object, rng: random.Random, names: tuple[str, ...]
     for subset in subsets:
         attributes = {name: getattr(obj, name) for name in subset}
         if len(_matches(scene, **attributes)) == 1:
-            return _phrase(attributes)
+            return noun_phrase(attributes)
     return f"object {_at(obj.place)}" if place else None
 
 
@@ -225,7 +231,7 @@ def _ask_count(scene: Scene, rng: random.Random):
     attributes = {name: getattr(rng.choice(scene.objects), name) for name in names}
     if names and rng.random() < 0.15:
         attributes = _random_attributes(rng, names)
-    phrase = _phrase(attributes, plural=True)
+    phrase = noun_phrase(attributes, plural=True)
     question = rng.choice(("How many {} are there?", "How many {} are in the picture?", "How many {} do you see?"))
     return question.format(phrase), NUMBERS[len(_matches(scene, **attributes))]
 
@@ -247,9 +253,9 @@ def _ask_existence(scene: Scene, rng: random.Random):
             attributes = _random_attributes(rng, names)
         if bool(_matches(scene, **attributes)) == wanted:
             break
-    phrase = _phrase(attributes)
+    phrase = noun_phrase(attributes)
     question = rng.choice(("Is there {} {}?", "Do you see {} {}?", "Is there {} {} in the picture?"))
-    return question.format(_article(phrase), phrase), "yes" if _matches(scene, **attributes) else "no"
+    return question.format(article(phrase), phrase), "yes" if _matches(scene, **attributes) else "no"
 
 
 def _ask_place(scene: Scene, rng: random.Random):
@@ -313,7 +319,7 @@ def listing(scene: Scene, rng: random.Random) -> tuple[str, str]:
     if rng.random() < 0.1:
         attributes = _random_attributes(rng, names)
     found = _matches(scene, **attributes)
-    phrase = _phrase(attributes, plural=len(found) != 1)
+    phrase = noun_phrase(attributes, plural=len(found) != 1)
     return f"Describe the {phrase}.", _describe(found) if found else f"no {phrase}"
 
 
@@ -394,6 +400,7 @@ __all__ = [
     "Question",
     "Scene",
     "all_texts",
+    "article",
     "ask",
     "caption",
     "comparison",
@@ -401,6 +408,10 @@ __all__ = [
     "draw",
     "held_out_questions",
     "listing",
+    "make_background",
     "make_scene",
+    "noun_phrase",
+    "overlap",
     "questions",
+    "shade",
 ]

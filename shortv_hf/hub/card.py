@@ -111,6 +111,18 @@ def reference_card(
     return _card(data, sections)
 
 
+# What the cards of the demonstration models say by base model type: what they are, what they are about, what their
+# layers were chosen on.
+DEMOS = {
+    "llava": ("LLaVA", "synthetic pictures of coloured shapes,", "pictures"),
+    "llava_onevision": (
+        "LLaVA-OneVision",
+        "short synthetic videos of moving shapes, and about one or several pictures of shapes,",
+        "videos",
+    ),
+}
+
+
 def demo_card(
     config: PretrainedConfig,
     name: str,
@@ -118,7 +130,7 @@ def demo_card(
     picture: str | None = None,
     ranking: LayerRanking | None = None,
 ) -> ModelCard:
-    """Card of the demonstration model, which was trained from scratch on pictures of coloured shapes.
+    """Card of a demonstration model, which was trained from scratch on pictures or on videos of coloured shapes.
 
     Args:
         config: its ShortV config.
@@ -128,6 +140,7 @@ def demo_card(
             - `frozen_layers` (list[int]): what "shortv" froze; must be the config's;
             - `accuracy` (dict): "dense", "shortv", "all_frozen" → dict of "overall" and every question type to the
               share of right answers, 0 to 1; the types are the same in all three;
+            - `picture_accuracy` (dict, optional): the same of questions about pictures, for a model of videos;
             - `training` (dict, optional): what to say about the training, label → value.
         picture: file in the repo that shows the frozen layers.
         ranking: that the layers come from.
@@ -136,18 +149,14 @@ def demo_card(
         ValueError: fields are missing, shares are not between 0 and 1, or the layers are not the config's.
     """
     _check_demo_results(results, config)
-    accuracy, n_layers, n_frozen = (
-        results["accuracy"],
-        config.get_text_config().num_hidden_layers,
-        len(config.shortv_layers),
-    )
+    n_layers, n_frozen = config.get_text_config().num_hidden_layers, len(config.shortv_layers)
     columns = {
         "dense": "no layer frozen",
         "shortv": f"{n_frozen} of {n_layers} frozen",
         "all_frozen": "all layers frozen",
     }
-    types = ["overall", *sorted(set(accuracy["dense"]) - {"overall"})]
-    rows = [[kind, *(f"{accuracy[column][kind]:.1%}" for column in columns)] for kind in types]
+    architecture, subject, data_kind = DEMOS[config.base_model_type]
+    tables = [_shares(results[field], columns) for field in ("accuracy", "picture_accuracy") if field in results]
     training = "".join(f"\n- {label}: {value}" for label, value in (results.get("training") or {}).items())
     data = ModelCardData(
         library_name="transformers",
@@ -157,24 +166,30 @@ def demo_card(
         language="en",
     )
     sections = [
-        f"# A small LLaVA that demonstrates ShortV: visual tokens frozen in {n_frozen} of {n_layers} layers",
-        "This model was trained from scratch to answer questions about synthetic pictures of coloured shapes, and about "
+        f"# A small {architecture} that demonstrates ShortV: visual tokens frozen in {n_frozen} of {n_layers} layers",
+        f"This model was trained from scratch to answer questions about {subject} and about "
         "nothing else. It shows what [ShortV](https://arxiv.org/abs/2504.00502) does in seconds and on any machine: "
         "freezing visual tokens in the right layers leaves the answers as they are. The repo holds its own weights. "
         f"Frozen layers, the most ineffective first: {', '.join(map(str, config.shortv_layers))}. They were chosen on "
-        "pictures of the same kind, apart from those of the evaluation.",
+        f"{data_kind} of the same kind, apart from those of the evaluation.",
         f"![Which tokens each decoder layer computes]({picture})" if picture else None,
-        _loading(name, "float32"),
+        _loading(name, "float32", video=data_kind == "videos"),
         _trust(name),
         f"## Results\n\nShare of right answers to {results['questions']} held-out questions (the whole answer has to be "
         f"right; greedy decoding), measured by this project's `scripts/train_shapes_vlm.py --export`:\n\n"
-        + _table(["question type", *columns.values()], rows)
+        + "\n\nAbout pictures:\n\n".join(tables)
         + (f"\n\nTraining:\n{training}" if training else ""),
         _provenance(ranking, n_frozen, None) if ranking else None,
         _limits(config),
         f"## License and citation\n\nCode and weights are under Apache 2.0.\n\n```bibtex\n{CITATION}\n```",
     ]
     return _card(data, sections)
+
+
+def _shares(accuracy: dict, columns: dict[str, str]) -> str:
+    types = ["overall", *sorted(set(accuracy["dense"]) - {"overall"})]
+    rows = [[kind, *(f"{accuracy[column][kind]:.1%}" for column in columns)] for kind in types]
+    return _table(["question type", *columns.values()], rows)
 
 
 def _check_demo_results(results: dict, config: PretrainedConfig):
@@ -185,24 +200,43 @@ def _check_demo_results(results: dict, config: PretrainedConfig):
         raise ValueError(
             f"the results are of layers {results['frozen_layers']}, the config's are {config.shortv_layers}"
         )
-    accuracy = results["accuracy"]
+    for field in ("accuracy", "picture_accuracy"):
+        if field in results:
+            _check_shares(field, results[field])
+
+
+def _check_shares(field: str, accuracy: dict):
     for variant in ("dense", "shortv", "all_frozen"):
         if "overall" not in accuracy.get(variant, {}) or set(accuracy[variant]) != set(accuracy["dense"]):
-            raise ValueError(f"accuracy[{variant!r}] needs 'overall' and the question types of the others")
+            raise ValueError(f"{field}[{variant!r}] needs 'overall' and the question types of the others")
         for kind, share in accuracy[variant].items():
             if not 0 <= share <= 1:
-                raise ValueError(f"accuracy[{variant!r}][{kind!r}] is {share!r}; shares are between 0 and 1")
+                raise ValueError(f"{field}[{variant!r}][{kind!r}] is {share!r}; shares are between 0 and 1")
 
 
-def _loading(name: str, dtype: str) -> str:
+PICTURE_EXAMPLE = """\
+image = load_image("photo.jpg")  # a path or a URL
+messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is in the picture?"}]}]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.device, model.dtype)"""
+VIDEO_EXAMPLE = """\
+video, _ = load_video("example.mp4", backend="pyav")  # eight frames, a path or a URL
+messages = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "What happens in the video?"}]}]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(videos=[video], text=prompt, return_tensors="pt").to(model.device, model.dtype)"""
+
+
+def _loading(name: str, dtype: str, video: bool = False) -> str:
+    needed = "`torch`, `torchvision`, `pillow`, `av`" if video else "`torch`, `pillow`"
+    loader = "video_utils import load_video" if video else "image_utils import load_image"
     return f"""\
 ## Load it
 
-On Transformers 5.x and 4.57, with `torch`, `pillow` and `accelerate` beside them:
+On Transformers 5.x and 4.57, with {needed} and `accelerate` beside them:
 
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from transformers.image_utils import load_image
+from transformers.{loader}
 
 repo = "ORG/{name}"
 revision = "main"  # better: the hash of the commit whose code you have read
@@ -211,10 +245,7 @@ model = AutoModelForImageTextToText.from_pretrained(
 )
 processor = AutoProcessor.from_pretrained(repo, revision=revision, trust_remote_code=True)
 
-image = load_image("photo.jpg")  # a path or a URL
-messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "What is in the picture?"}}]}}]
-prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-inputs = processor(images=image, text=prompt, return_tensors="pt").to(model.device, model.dtype)
+{VIDEO_EXAMPLE if video else PICTURE_EXAMPLE}
 print(processor.decode(model.generate(**inputs, max_new_tokens=100)[0], skip_special_tokens=True))
 ```
 

@@ -198,6 +198,7 @@ def load_script(name):
     ids=str,
 )
 def test_scripts_try_their_outputs(folder, monkeypatch, capsys, name, arguments, message):
+    monkeypatch.syspath_prepend(str(SCRIPTS))
     script = load_script(name)
     if name == "test_matrix":
         monkeypatch.setattr(script, "run_core", None)

@@ -7,7 +7,7 @@ import pytest
 from helpers import make_config
 from huggingface_hub import ModelCard
 
-from shortv_hf import ShortVLlavaConfig
+from shortv_hf import ShortVLlavaConfig, ShortVLlavaOnevisionConfig
 from shortv_hf.hub.card import demo_card, reference_card, with_repo_id
 
 
@@ -93,10 +93,21 @@ def test_demo_card():
     assert "1400 held-out questions" in text and "- pictures: 48,000" in text and "2 of 4 frozen" in text
 
 
+def test_demo_card_of_a_model_of_videos():
+    text_config = {"model_type": "qwen2", "num_hidden_layers": 4, "layer_types": ["full_attention"] * 4}
+    config = ShortVLlavaOnevisionConfig(text_config=text_config, shortv_layers=[3, 1])
+    pictures = dict.fromkeys(("dense", "shortv", "all_frozen"), {"overall": 0.875})
+    text = str(demo_card(config, "shortv-moving-shapes-demo", results(picture_accuracy=pictures)))
+    assert "# A small LLaVA-OneVision" in text and "videos of moving shapes" in text
+    assert "| overall | 95.0% | 94.0% | 12.5% |" in text and "| overall | 87.5% | 87.5% | 87.5% |" in text
+    assert "load_video" in text and "load_image" not in text
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"frozen_layers": [1, 3]}, "results are of layers"),
+        ({"picture_accuracy": {"dense": {"overall": 1}}}, "picture_accuracy"),
         ({"accuracy": {"dense": {"overall": 1}, "shortv": {"overall": 1}}}, "all_frozen"),
         ({"accuracy": dict.fromkeys(("dense", "shortv", "all_frozen"), {"overall": 95.0})}, "between 0 and 1"),
     ],

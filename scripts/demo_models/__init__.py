@@ -1,0 +1,1 @@
+"""The two demonstration models that `train_shapes_vlm.py` trains."""
