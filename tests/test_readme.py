@@ -80,7 +80,8 @@ def kind(command: list[str]) -> str:
 
 
 def needs_more(arguments: list[str]) -> bool:
-    return "cuda" in arguments or any(argument.startswith("ME/") for argument in arguments)
+    """A GPU, the Hub, or a model that takes videos."""
+    return bool({"cuda", "--video"} & set(arguments)) or any(argument.startswith("ME/") for argument in arguments)
 
 
 def check_tool(command: list[str]):
