@@ -2,6 +2,11 @@
 
 A row of the last stage is about a clip, about one picture, or about two or three; all rows of a batch are of one kind.
 Placeholders and inputs are those of `LlavaOnevisionProcessor`, which needs torchvision; this file does without.
+
+After 125 minutes of two CPU cores, shared with much other work, and about 30,000 rows of the last stage (2,750 of 3,250 steps,
+before the rate had fallen), the model answered 82 % of 240 held-out questions about clips right: colour and shape 100 %, count
+85 %, order 69 %, direction 56 %; of questions about pictures half. That is no demonstration model yet, and none is carried.
+Everything still rose: shape is learnt first, direction and order, which compare frames, last.
 """
 
 import math
