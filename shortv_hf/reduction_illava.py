@@ -290,7 +290,8 @@ def _defaults(sizes: ModelSizes, kind: str) -> dict[str, Any]:
     lowest = max(sizes.deepstack, 1)
     if max(llm_k) >= sizes.decoder_layers or min(llm_k) < lowest:
         llm_k = _at_fraction(llm_k, of_layers, sizes.decoder_layers, lowest)
-    return {"method": ILLaVA.method, "vit_k": vit_k, "vit_r": vit_r, "llm_k": llm_k, "llm_r": llm_r}
+    in_tower = {"vit_k": vit_k, "vit_r": vit_r} if vit_k else {"vit_k": []}
+    return {"method": ILLaVA.method, **in_tower, "llm_k": llm_k, "llm_r": llm_r}
 
 
 def _at_fraction(layers: list[int], of: int, n: int, lowest: int) -> list[int]:

@@ -218,6 +218,7 @@ class TestOptions:
         assert parse_visual_reduction({"method": "illava"}, ModelSizes.of(config)) == own
         other = parse_visual_reduction({"method": "illava", "llm_r": 0.4}, ModelSizes.of(config))
         assert (other.vit_k, other.vit_r, other.llm_k, other.llm_r) == (own.vit_k, own.vit_r, own.llm_k, 0.4)
+        assert ("vit_r" in illava_defaults(config)) == bool(own.vit_k)
 
     def test_what_would_do_nothing_or_leave_nothing(self):
         config = build("qwen2_vl").config

@@ -80,7 +80,8 @@ def chat(
     model = choose_model(model, model_option)
     config = load_config(model)
     if video is not None and "video" not in visual_token_ids(config):
-        raise ValueError(f"{model} takes no video: its family, {config.base_model_type}, has no token for one")
+        name = "the demonstration model" if model == demo_model() else model
+        raise ValueError(f"{name} takes no video: its family, {config.base_model_type}, has no token for one")
     kind = "image" if video is None else "video"
     fields = {"visual_reduction": None} if dense else parse_reduction(reduction, config, kind)
     images = load_images(image or [])
