@@ -1,4 +1,5 @@
-"""Train the demonstration model: a small LLaVA that answers questions about pictures of coloured shapes.
+"""Train a demonstration model: a small LLaVA that answers questions about pictures of coloured shapes, or with
+`--kind video` a small LLaVA-OneVision that answers questions about clips of moving ones.
 
     python scripts/train_shapes_vlm.py --run-dir RUN              # train; the same command resumes an interrupted run
     python scripts/train_shapes_vlm.py --run-dir RUN --export --overwrite  # write and evaluate the demonstration model
@@ -329,11 +330,11 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--workers", type=int, default=0, help="processes that draw pictures; use some with a GPU")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tower-steps", type=int, help="default: those that the model was trained with")
-    parser.add_argument("--projector-steps", type=int, help="default: those that the model was trained with")
+    parser.add_argument("--tower-steps", type=int, help="default: depends on --kind")
+    parser.add_argument("--projector-steps", type=int, help="default: depends on --kind")
     parser.add_argument("--tower-batch", type=int, default=32)
     parser.add_argument("--tower-lr", type=float, default=1e-3)
-    parser.add_argument("--steps", type=int, help="of the last stage; default: those that the model was trained with")
+    parser.add_argument("--steps", type=int, help="of the last stage; default: depends on --kind")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--decay", type=float, default=0.3, help="last part of each stage in which the rate falls")
