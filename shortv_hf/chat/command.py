@@ -19,6 +19,7 @@ from ..command_line.options import (
     Layers,
     ModelOption,
     Reduction,
+    check_takes_video,
     choose_model,
     load_config,
     parse_layers,
@@ -66,7 +67,6 @@ def chat(
     from ..data.images import load_images
     from ..data.video import load_video
     from ..hub.loading import demo_model, load
-    from ..upstream import visual_token_ids
     from .comparison import compare as compare_with_dense
     from .conversation import Conversation
 
@@ -79,9 +79,8 @@ def chat(
     chosen = [] if dense else None if layers is None else parse_layers(layers)
     model = choose_model(model, model_option)
     config = load_config(model)
-    if video is not None and "video" not in visual_token_ids(config):
-        name = "the demonstration model" if model == demo_model() else model
-        raise ValueError(f"{name} takes no video: its family, {config.base_model_type}, has no token for one")
+    if video is not None:
+        check_takes_video(model, config)
     kind = "image" if video is None else "video"
     fields = {"visual_reduction": None} if dense else parse_reduction(reduction, config, kind)
     images = load_images(image or [])

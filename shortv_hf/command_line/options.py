@@ -63,9 +63,9 @@ def parse_reduction(reduction: str | None, config=None, kind: str = "image") -> 
 
     if reduction is None:
         return {}
-    defaults = getattr(METHODS.get(reduction.strip()), "defaults", None)
-    if defaults is not None and config is not None:
-        return {"visual_reduction": defaults(config, kind)}
+    method = METHODS.get(reduction.strip())
+    if method is not None and config is not None:
+        return {"visual_reduction": method.defaults(config, kind)}
     return {"visual_reduction": visual_reduction_from_text(reduction)}
 
 
@@ -90,6 +90,16 @@ def load_config(model: str, revision: str | None = None):
 
     config_class = model_classes(model, revision=revision)[0]
     return config_class.from_pretrained(model, revision=revision)  # type: ignore[arg-type]  # upstream means `str | None`
+
+
+def check_takes_video(model: str, config):
+    """Raises `ValueError` if the family of the model has no token for videos."""
+    from ..hub.loading import demo_model
+    from ..upstream import visual_token_ids
+
+    if "video" not in visual_token_ids(config):
+        name = "the demonstration model" if model == demo_model() else model
+        raise ValueError(f"{name} takes no video: its family, {config.base_model_type}, has no token for one")
 
 
 def check_png(output: Path):

@@ -11,6 +11,7 @@ from ..command_line.options import (
     Dtype,
     ModelOption,
     check_png,
+    check_takes_video,
     choose_model,
     load_config,
     parse_reduction,
@@ -64,7 +65,6 @@ def visualize(
     from ..data.images import load_image
     from ..data.video import load_video
     from ..hub.loading import demo_model, load
-    from ..upstream import visual_token_ids
     from .patches import draw_reduction
 
     model = choose_model(model, model_option)
@@ -75,8 +75,8 @@ def visualize(
     outputs.check_files(output, overwrite=overwrite)
     check_png(output)
     config, picture = load_config(model), load_image(image) if video is None else load_video(video, max_frames)
-    if video is not None and "video" not in visual_token_ids(config):
-        raise ValueError(f"{model} takes no video: its family, {config.base_model_type}, has no token for one")
+    if video is not None:
+        check_takes_video(model, config)
     fields = parse_reduction(reduction, config, "image" if video is None else "video")
     loaded, processor = load(model, None, device, dtype, **fields)
 
