@@ -14,6 +14,7 @@ from . import __version__
 from .benchmark.command import bench
 from .chat.command import chat
 from .command_line.errors import one_line
+from .evaluate.command import answer, evaluate, score
 from .flops.command import flops
 from .hub.command import build_repo, check_repo, publish
 from .layer_contribution.command import lc, vtw_k
@@ -22,8 +23,9 @@ from .serving.command import SERVE_SETTINGS, serve
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="ShortV for Hugging Face vision-language models.")
-for command in (chat, flops, bench, lc, visualize, vtw_k, build_repo, check_repo, publish):
+for command in (chat, flops, bench, lc, visualize, vtw_k, answer, score, build_repo, check_repo, publish):
     app.command()(command)
+app.command("eval")(evaluate)
 app.command(context_settings=SERVE_SETTINGS)(serve)
 
 

@@ -24,11 +24,15 @@ from shortv_hf.layer_contribution import LayerRanking
 
 
 ROOT = Path(__file__).parent.parent
-READMES = ("README.md", "shortv_hf/README.md", "hub_configs/README.md", "scripts/results/README.md", "tests/README.md")
+READMES = (
+    "README.md", "shortv_hf/README.md", "shortv_hf/evaluate/README.md", "hub_configs/README.md", "scripts/results/README.md",
+    "tests/README.md",
+)  # fmt: skip
 MOST_LINES = 140  # of the front page
 RUN = {"chat", "flops", "build-repo", "check-repo", "lc", "visualize", "vtw-k", "bench"}
-PARSED = {"publish", "serve"}  # need the Hub, a server
-TOOLS = {"pip", "ruff", "mypy", "hf", "pytest"}  # not ours; what they are given is checked as far as it is ours
+PARSED = {"publish", "serve", "eval", "answer", "score"}  # need the Hub, a server, lmms-eval, benchmarks' data
+# Not ours; what they are given is checked as far as it is ours.
+TOOLS = {"pip", "ruff", "mypy", "hf", "pytest", "vlmeval", "lmms-eval"}
 DIRECTORY_OF_THE_CLONE = re.compile(r"\.venv(-test)?/bin/")
 
 
@@ -54,7 +58,7 @@ def commands(block: str) -> list[list[str]]:
         command = []
         for word in [*shlex.split(line, comments=True), "&&"]:
             if word != "&&":
-                if command or not re.fullmatch(r"[A-Z_]+=.*", word):
+                if command or not re.fullmatch(r"[A-Za-z_]+=.*", word):
                     command.append(word)
             elif command:
                 found.append(command)

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..command_line.options import parse_numbers
+from ..command_line.options import parse_numbers, split_names
 
 
 def bench(
@@ -113,10 +113,10 @@ def bench(
     from .run import BenchmarkOptions, run_benchmark
 
     lists: dict[str, Any] = {
-        "models": _names(models),
+        "models": split_names(models),
         "images": _numbers(images, "--images"),
         "batch": _numbers(batch, "--batch"),
-        "methods": _names(methods),
+        "methods": split_names(methods),
         "num_layers": _numbers(num_layers, "--num-layers"),
     }
     options = BenchmarkOptions(
@@ -138,17 +138,6 @@ def bench(
     print(reports.markdown(report))
     if chart and output is not None:
         reports.draw(report, output)
-
-
-def _names(entries: list[str] | None) -> tuple[str, ...] | None:
-    """Each name once. Entries are split at commas, but for a method with options, which is taken whole."""
-    if entries is None:
-        return None
-    names = []
-    for entry in entries:
-        whole = ":" in entry or entry.lstrip().startswith("{")
-        names += [entry] if whole else entry.split(",")
-    return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
 def _numbers(entries: list[str] | None, option: str) -> tuple[int, ...] | None:

@@ -142,6 +142,11 @@ class Method:
     visual_reduction: dict | None = field(default=None, hash=False)
 
     @property
+    def settings(self) -> dict:
+        """The config's fields that it sets."""
+        return {"shortv_layers": list(self.shortv_layers or ()), "visual_reduction": self.visual_reduction}
+
+    @property
     def works_on_images(self) -> bool:
         """Whether tokens leave before the language model."""
         if self.visual_reduction is None:

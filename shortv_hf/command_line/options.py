@@ -33,11 +33,12 @@ Layers = Annotated[
 Data = Annotated[
     list[str] | None,
     typer.Option(
-        help="gqa, flickr30k, shapes or folders of pictures with a JSONL file, separated by commas; may be given several "
-        "times.",
+        help="gqa, flickr30k, shapes, task:NAME for a task of lmms-eval's, or folders of pictures with a JSONL file, "
+        "separated by commas; may be given several times.",
         show_default="gqa,flickr30k; for the demonstration model, shapes",
     ),
 ]
+IncludePath = Annotated[Path | None, typer.Option(help="Folder with further tasks for lmms-eval.", show_default=False)]
 Direction = Literal["forward", "reverse"]
 
 
@@ -47,6 +48,17 @@ def parse_numbers(text: str, option: str, what: str = "numbers") -> list[int]:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError:
         raise ValueError(f"{option} takes {what} separated by commas, got {text!r}") from None
+
+
+def split_names(entries: list[str] | None) -> tuple[str, ...] | None:
+    """Each name once. Entries are split at commas, but for a method with options, which is taken whole."""
+    if entries is None:
+        return None
+    names = []
+    for entry in entries:
+        whole = ":" in entry or entry.lstrip().startswith("{")
+        names += [entry] if whole else entry.split(",")
+    return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
 def parse_layers(layers: str) -> list[int]:

@@ -14,7 +14,8 @@ Rules, where a picture can be read in more than one way:
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from string import punctuation
@@ -23,7 +24,7 @@ from urllib.parse import quote, urlsplit
 from urllib.request import Request, url2pathname, urlopen
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -76,10 +77,21 @@ def load_image(name: str | os.PathLike) -> Image.Image:
         data = _read(name)
         if not data:
             raise ValueError("it is empty")
-        with Image.open(BytesIO(data)) as image:
+        with Image.open(BytesIO(data)) as image, _no_half_pictures():
             return to_rgb(image)
     except Exception as error:  # as many kinds as there are broken files and servers
         raise ValueError(f"cannot read the image {_shown(name)}: {_reason(error)}") from None
+
+
+@contextmanager
+def _no_half_pictures() -> Iterator[None]:
+    """Inside, a file that ends too early is an error, also where another library of the process
+    (lmms-eval) has told Pillow to fill the rest with grey."""
+    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

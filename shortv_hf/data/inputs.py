@@ -11,9 +11,13 @@ from .video import Video, video_arguments
 
 
 def encode_messages(
-    messages: list[dict], processor: ProcessorMixin, images: Sequence[Image.Image] = (), videos: Sequence[Video] = ()
+    messages: list[dict],
+    processor: ProcessorMixin,
+    images: Sequence[Image.Image | list[Image.Image]] = (),
+    videos: Sequence[Video] = (),
 ) -> dict:
-    """Model inputs of a conversation, by the processor's chat template, with all the images and videos in it."""
+    """Model inputs of a conversation, by the processor's chat template, with all the images and videos in it, the images
+    each for itself or in one list."""
     text = processor.apply_chat_template(messages, add_generation_prompt=True)
     given = {"images": list(images)} if images else {}
     return dict(processor(text=text, return_tensors="pt", **given, **video_arguments(videos)))

@@ -91,6 +91,15 @@ def write_text(file: str | Path, text: str):
         temporary.write_text(text, encoding="utf-8")
 
 
+def rewrite_text(file: Path, text: str):
+    """[`write_text`] over a file. What was recorded and unchanged stays so: the command that wrote it may do so again."""
+    was_own = file.name in unchanged_files(file.parent)
+    write_text(file, text)
+    if was_own:
+        record = {**read_record(file.parent), file.name: _sha256(file)}
+        write_text(file.parent / RECORD, json.dumps({"files": dict(sorted(record.items()))}, indent=1) + "\n")
+
+
 def read_record(folder: str | Path) -> dict[str, str]:
     """Name to SHA-256 of the files that were recorded in `folder`; empty without a readable record."""
     try:

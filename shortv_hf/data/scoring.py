@@ -9,7 +9,7 @@ from transformers import ProcessorMixin
 from . import shapes
 from .images import to_rgb
 from .inputs import to_device
-from .prompts import user_message
+from .prompts import system_message, user_message
 from .sources import Case
 
 
@@ -21,13 +21,16 @@ def held_out_cases(n: int) -> list[Case]:
     ]
 
 
-def encode_batches(processor: ProcessorMixin, cases: Sequence[Case], batch_size: int) -> Iterator[dict]:
-    """Model inputs of the cases, padded on the left, `batch_size` at a time."""
+def encode_batches(
+    processor: ProcessorMixin, cases: Sequence[Case], batch_size: int, system_prompt: str | None = None
+) -> Iterator[dict]:
+    """Model inputs of the cases, padded on the left, `batch_size` at a time; `system_prompt` comes before each."""
+    before = [] if system_prompt is None else [system_message(system_prompt)]
     for start in range(0, len(cases), batch_size):
         chunk = cases[start : start + batch_size]
         prompts = [
             processor.apply_chat_template(
-                [user_message(case.prompt, case.images, processor)], add_generation_prompt=True
+                [*before, user_message(case.prompt, case.images, processor)], add_generation_prompt=True
             )
             for case in chunk
         ]
@@ -44,11 +47,12 @@ def answer(
     batch_size: int = 50,
     max_new_tokens: int = 8,
     make_kwargs=None,
+    system_prompt: str | None = None,
     **generate_kwargs,
 ) -> list[str]:
     """Greedy answers to the cases. `make_kwargs(inputs)` gives arguments of `generate` that depend on the batch."""
     answers = []
-    for inputs in encode_batches(processor, cases, batch_size):
+    for inputs in encode_batches(processor, cases, batch_size, system_prompt):
         inputs = to_device(model, inputs)
         extra = make_kwargs(inputs) if make_kwargs else {}
         output = model.generate(**inputs, **extra, max_new_tokens=max_new_tokens, do_sample=False, **generate_kwargs)

@@ -7,11 +7,11 @@ A source is one of
     gqa, flickr30k      streamed from the Hub with the `datasets` library (the `calibrate` extra)
     shapes              pictures of coloured shapes with questions; needs nothing
     a folder            pictures and a JSONL file with a line `{"image": "cat.jpg", "prompt": "What is this?"}` per sample
+    task:NAME           a task of lmms-eval's (the `eval` extra), as it asks: task:gqa,task:flickr30k_test
 
 Several are a list, or one string with commas; a folder whose name holds a comma is taken whole where it exists.
 """
 
-import codecs
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import islice
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 from transformers import ProcessorMixin
@@ -26,7 +27,9 @@ from transformers import ProcessorMixin
 from . import shapes
 from .images import load_image, to_rgb
 from .inputs import encode_messages
+from .jsonl import numbered_lines, parse_object
 from .prompts import check_utf8, user_message
+from .video import Video, load_video
 
 
 # What the Hub calls them now, and what it called them before
@@ -34,28 +37,44 @@ GQA = ("lmms-lab-encoder/GQA", "lmms-lab/GQA")
 FLICKR30K = ("lmms-lab-encoder/flickr30k", "lmms-lab/flickr30k")
 GQA_PROMPT = "{}\nAnswer the question using a single word or phrase."
 FLICKR30K_PROMPT = "Provide a one-sentence caption for the provided image."
+TASK = "task:"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt about pictures. `answer` is the right one, `type` the kind of question, where the source knows them."""
+    """A prompt about pictures, or videos. `answer` is the right one, `type` the kind of question, where the source knows
+    them."""
 
     images: tuple[Image.Image, ...]
     prompt: str
     answer: str | None = None
     type: str | None = None
+    videos: tuple[Video, ...] = ()
 
 
-def load_samples(data: str | Sequence[str], processor: ProcessorMixin, n: int = 20, seed: int = 0) -> Iterator[dict]:
+def load_samples(
+    data: str | Sequence[str],
+    processor: ProcessorMixin,
+    n: int = 20,
+    seed: int = 0,
+    include_path: str | Path | None = None,
+) -> Iterator[dict]:
     """Model inputs, one sample at a time, of every source in `data`; arguments and errors as [`load_cases`]."""
-    return (encode(case, processor) for case in load_cases(data, n, seed))
+    return (encode(case, processor) for case in load_cases(data, n, seed, include_path))
 
 
 class Samples:
     """[`load_samples`] that can be gone through several times, without keeping what it yields."""
 
-    def __init__(self, data: str | Sequence[str], processor: ProcessorMixin, n: int = 20, seed: int = 0):
-        self.cases, self.processor = list(load_cases(data, n, seed)), processor
+    def __init__(
+        self,
+        data: str | Sequence[str],
+        processor: ProcessorMixin,
+        n: int = 20,
+        seed: int = 0,
+        include_path: str | Path | None = None,
+    ):
+        self.cases, self.processor = list(load_cases(data, n, seed, include_path)), processor
 
     def __len__(self):
         return len(self.cases)
@@ -64,19 +83,28 @@ class Samples:
         return (encode(case, self.processor) for case in self.cases)
 
 
-def load_cases(data: str | Sequence[str], n: int = 20, seed: int = 0) -> Iterator[Case]:
+def load_cases(
+    data: str | Sequence[str], n: int = 20, seed: int = 0, include_path: str | Path | None = None
+) -> Iterator[Case]:
     """`n` samples, chosen by `seed`, of every source in `data`.
 
     Args:
         data: names or folders: a list, or one string that separates them by commas. An entry that is a folder is taken
             whole, commas and all.
+        include_path: a folder with tasks that lmms-eval does not have.
 
     Raises:
         ValueError: if a source is unknown, cannot be read or reached, or has fewer than `n` samples.
     """
     if n < 1:
         raise ValueError(f"cannot take {n} samples; the least is 1")
-    return (case for name in split_sources(data) for case in SOURCES.get(name, _from_folder(name))(n, seed))
+
+    def source(name: str) -> Callable:
+        if name.startswith(TASK):
+            return _from_task(name.removeprefix(TASK), include_path)
+        return SOURCES.get(name) or _from_folder(name)
+
+    return (case for name in split_sources(data) for case in source(name)(n, seed))
 
 
 def split_sources(data: str | Sequence[str]) -> list[str]:
@@ -86,11 +114,12 @@ def split_sources(data: str | Sequence[str]) -> list[str]:
         whole = entry.strip() and Path(entry).is_dir()
         names += [entry] if whole else [name.strip() for name in entry.split(",") if name.strip()]
     if not names:
-        raise ValueError(f"no data in {data!r}; use {', '.join(SOURCES)} or a folder")
+        raise ValueError(f"no data in {data!r}; use {', '.join(SOURCES)}, {TASK}NAME or a folder")
     for name in names:
-        if name not in SOURCES and not Path(name).is_dir():
+        if name not in SOURCES and not name.startswith(TASK) and not Path(name).is_dir():
             raise ValueError(
-                f"unknown data {name!r}; use {', '.join(SOURCES)} or a folder with pictures and a JSONL file"
+                f"unknown data {name!r}; use {', '.join(SOURCES)}, {TASK}NAME for a task of lmms-eval's, or a folder with "
+                "pictures and a JSONL file"
             )
     return names
 
@@ -98,7 +127,9 @@ def split_sources(data: str | Sequence[str]) -> list[str]:
 def encode(case: Case, processor: ProcessorMixin) -> dict:
     """Model inputs of one case, by the processor's chat template."""
     images = [to_rgb(image) for image in case.images]
-    return encode_messages([user_message(case.prompt, images, processor)], processor, images)
+    message = user_message(case.prompt, images, processor, case.videos)
+    # A list for the prompt: LLaVA-OneVision's processor cuts a picture into tiles only where it is the prompt's only one.
+    return encode_messages([message], processor, [images] if images else [], case.videos)
 
 
 def _from_hub(name: str, repos: Sequence[str], stream: Callable) -> Callable:
@@ -160,14 +191,46 @@ def _shapes(n: int, seed: int) -> Iterator[Case]:
         yield Case((shapes.draw(scene),), question.text, question.answer, question.type)
 
 
+def _from_task(name: str, include_path: str | Path | None) -> Callable:
+    """Questions of a task of lmms-eval's, drawn over all of a group's tasks. What a question holds beside text comes before
+    its text, as in LLaVA's prompts."""
+
+    def cases(n: int, seed: int) -> Iterator[Case]:
+        from ..evaluate.tasks import documents, load_tasks  # not everybody has lmms-eval
+
+        _, tasks = load_tasks([name], include_path)
+        numbered = [(task, i) for task in tasks.values() for i in range(len(documents(task)))]
+        _require(len(numbered), n, f"{TASK}{name}")
+        for task, i in random.Random(seed).sample(numbered, n):
+            yield _of_task(task, documents(task)[i])
+
+    return cases
+
+
+def _of_task(task: Any, doc: dict) -> Case:
+    from ..evaluate.dialogue import PLACEHOLDER
+
+    parts = [part for message in task.doc_to_messages(doc) for part in message["content"]]
+    of = {kind: [part for part in parts if part["type"] == kind] for kind in ("image", "video", "text")}
+    if len(parts) != sum(map(len, of.values())):
+        raise ValueError(f"task {task.config.task} asks about more than text, pictures and videos")
+    prompt = "\n".join(PLACEHOLDER.sub("", part["text"]) for part in of["text"])
+    answer = task.doc_to_target(doc)
+    return Case(
+        tuple(to_rgb(part["url"]) for part in of["image"]),
+        prompt,
+        answer if isinstance(answer, str) else None,
+        str(task.config.task),
+        tuple(load_video(part["url"]) for part in of["video"]),
+    )
+
+
 def _from_folder(folder: str) -> Callable:
     def cases(n: int, seed: int) -> Iterator[Case]:
         files = sorted(Path(folder).glob("*.jsonl"))
         if len(files) != 1:
             raise ValueError(f"{folder} holds {len(files)} .jsonl files; it needs exactly one, with the prompts")
-        # Only \n ends a line of JSONL: strings may hold what else Unicode calls a line's end.
-        lines = files[0].read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-        numbered = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+        numbered = numbered_lines(files[0].read_bytes())
         _require(len(numbered), n, folder)
         yield from [_read_line(files[0], *chosen) for chosen in random.Random(seed).sample(numbered, n)]
 
@@ -183,14 +246,7 @@ def _read_line(file: Path, number: int, line: bytes) -> Case:
 
 
 def _read_case(folder: Path, line: bytes) -> Case:
-    try:
-        row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"it is not valid UTF-8 at byte {error.start + 1}") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"it is no JSON: {error.msg} at character {error.pos + 1}") from None
-    if not isinstance(row, dict):
-        raise ValueError('it is no object such as {"image": "cat.jpg", "prompt": "What is this?"}')
+    row = parse_object(line, '{"image": "cat.jpg", "prompt": "What is this?"}')
     for key in ("image", "prompt"):
         if key not in row:
             raise ValueError(f'it lacks "{key}"')

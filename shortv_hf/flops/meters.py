@@ -1,5 +1,6 @@
 """What one forward pass takes: FLOPs, time, and bytes of live tensors, measured while it runs. And what loading takes."""
 
+import statistics
 import tempfile
 import time
 import weakref
@@ -126,16 +127,18 @@ def profile_prefill(model, inputs: dict) -> dict:
 
     Returns:
         `flops` of the whole forward, `language_model_flops` of the text model in it (attention matrices in full, causal
-        or not, as in Eq. 3-5), `peak_memory_bytes`: what was allocated at most above weights and inputs, and on the CPU
-        `largest_tensor_bytes`: of the largest tensor that an operator returned.
+        or not, as in Eq. 3-5), `kv_tokens`: of how many tokens a row a layer's cache holds keys, mean over the layers;
+        `peak_memory_bytes`: what was allocated at most above weights and inputs, and on the CPU `largest_tensor_bytes`: of
+        the largest tensor that an operator returned.
     """
     counter = _flop_counter()
     # no_grad, not inference_mode: there, composite operators reach the modes in one piece.
     with torch.no_grad(), peak_memory(model.device) as memory, counter:
-        model(**inputs, use_cache=True, logits_to_keep=1)
+        cache: Any = find_cache(model(**inputs, use_cache=True, logits_to_keep=1))
     return {
         "flops": counter.get_total_flops(),
-        "language_model_flops": _of_the_language_model(counter),
+        "language_model_flops": _of_the_language_model(counter, model),
+        "kv_tokens": statistics.mean(layer.keys.shape[-2] for layer in cache.layers),
         **memory,
     }
 
@@ -145,7 +148,7 @@ def language_model_flops(model, inputs: dict) -> int:
     counter = _flop_counter()
     with torch.no_grad(), counter:
         model(**inputs, use_cache=False, logits_to_keep=1)
-    return _of_the_language_model(counter)
+    return _of_the_language_model(counter, model)
 
 
 def _flop_counter() -> FlopCounterMode:
@@ -155,10 +158,10 @@ def _flop_counter() -> FlopCounterMode:
     )
 
 
-def _of_the_language_model(counter: FlopCounterMode) -> int:
-    counts = counter.get_flop_counts()
-    (name,) = [name for name in counts if name.endswith(".model.language_model")]
-    return sum(counts[name].values())
+def _of_the_language_model(counter: FlopCounterMode, model) -> int:
+    text = text_model(model.model)
+    name = next(name for name, module in model.named_modules() if module is text)
+    return sum(counter.get_flop_counts()[f"{type(model).__name__}.{name}"].values())
 
 
 def _fused_attention_flops(query: tuple, key: tuple, *args, **kwargs) -> int:

@@ -15,6 +15,7 @@ from .. import modeling_shortv
 from ..data import outputs
 from ..layer_contribution.ranking import LayerRanking
 from ..pictures import plots
+from . import eval_results
 from .card import reference_card
 from .names import is_commit
 from .paper import paper_model
@@ -198,13 +199,22 @@ def build_repo(
         config.save_pretrained(staged)  # last: it names code that is there only
         if config.tokenizer_is_the_file and (staged / "tokenizer.json").is_file():
             _declare_tokenizer(staged / "tokenizer_config.json")
-        (staged / "README.md").write_text(str(card), encoding="utf-8")
+        text, scores = str(card), _scores(output_dir, config)
+        (staged / "README.md").write_text(eval_results.with_table(text, scores) if scores else text, encoding="utf-8")
         if ranking is not None:
             ranking.save(staged / RANKING)
         if picture is not None:
             plots.plot_ranking(ranking, staged / picture)
         outputs.install(staged, output_dir, kept, unneeded)
     return output_dir
+
+
+def _scores(folder: Path, config: PretrainedConfig) -> list[dict]:
+    """What `shortv eval` has measured on the repo that is built again, unless it was another one."""
+    try:
+        return eval_results.check(folder, config)
+    except ValueError:  # `check_repo` and `publish` say so
+        return []
 
 
 def _declare_tokenizer(file: Path):

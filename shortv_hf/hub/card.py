@@ -24,6 +24,7 @@ CITATION = """\
   pages={329--339},
   year={2025}
 }"""
+UNMEASURED = "This project has measured neither speed nor quality of this model itself."
 TAGS = ["shortv", "visual-token-freezing", "efficient-inference"]
 
 
@@ -189,7 +190,7 @@ def demo_card(
 def _shares(accuracy: dict, columns: dict[str, str]) -> str:
     types = ["overall", *sorted(set(accuracy["dense"]) - {"overall"})]
     rows = [[kind, *(f"{accuracy[column][kind]:.1%}" for column in columns)] for kind in types]
-    return _table(["question type", *columns.values()], rows)
+    return markdown_table(["question type", *columns.values()], rows)
 
 
 def _check_demo_results(results: dict, config: PretrainedConfig):
@@ -281,7 +282,7 @@ def _results(config: PretrainedConfig, paper: PaperModel | None, measured: Seque
         parts.append(
             "**Reported by the paper** (its Table 2; the authors' code and the original checkpoints), not repeated here. "
             "MMBench is English, MMMU the validation set, Flickr30K is CIDEr, the average is normalized:\n\n"
-            + _table(["", "dense", f"{len(config.shortv_layers)} layers frozen"], rows)
+            + markdown_table(["", "dense", f"{len(config.shortv_layers)} layers frozen"], rows)
         )
         parts.append(
             f"The paper reports {paper.speed_up:.2f}× to the first token on one A100 (its Tables 3 and 4). The layers are those "
@@ -317,10 +318,10 @@ def _results(config: PretrainedConfig, paper: PaperModel | None, measured: Seque
         ]
         parts.append(
             "**Measured by this project** (`shortv bench`: this architecture with random weights, against the "
-            "stock class in turn in one run, medians):\n\n" + _table(header, rows)
+            "stock class in turn in one run, medians):\n\n" + markdown_table(header, rows)
         )
     else:
-        parts.append("This project has measured neither speed nor quality of this model itself.")
+        parts.append(UNMEASURED)
     return parts
 
 
@@ -377,7 +378,7 @@ def _limits(config: PretrainedConfig) -> str:
   has to assume more text tokens than there are, except for one row of LLaVA-1.5."""
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -21,6 +21,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from .. import __version__
 from ..layer_contribution.ranking import LayerRanking
 from ..modeling_shortv import MODELS
+from . import eval_results
 from .build import RANKING, code_files, find_code
 from .names import is_commit, is_hub_id
 
@@ -81,6 +82,7 @@ def check_files(folder: str | Path, without_weights: bool = False) -> list[Check
         ("imports", lambda: _check_imports(folder)),
         ("other code", lambda: _check_other_code(folder)),
         *([("ranking", lambda: _check_ranking(folder))] if (folder / RANKING).is_file() else []),
+        *([("evaluation", lambda: _check_scores(folder))] if (folder / eval_results.FILE).is_file() else []),
     ):
         try:
             checks.append(Check(name, note=check()))
@@ -179,7 +181,10 @@ def _check_code(folder: Path) -> str:
         if expected[name] != found[name]
     ]
     if not found:
-        raise ValueError("there is no code: this is the config of a repo that has not been built (shortv build-repo)")
+        raise ValueError(
+            "there is no code: this is the config of a repo that has not been built (shortv build-repo; of a model with "
+            "weights of its own, shortv lc --save-model)"
+        )
     if "upstream.py" not in found:
         problems.append(
             "code from before shortv_hf 0.2.0, with which frozen layers lose keys and values on Transformers 5.24 and "
@@ -216,6 +221,11 @@ def _check_ranking(folder: Path) -> str:
     ranking.check_layers(_load_config(folder))
     where = f"{ranking.data.get('samples')} samples ({ranking.data.get('name')})" if ranking.data else "no samples"
     return f"layers by {ranking.metric}, {where}"
+
+
+def _check_scores(folder: Path) -> str:
+    """That the scores are of the repo as it is."""
+    return f"{len(eval_results.check(folder, _load_config(folder)))} scores"
 
 
 def _check_pinned_commit(folder: Path) -> Check:

@@ -16,6 +16,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from . import eval_results
 from .card import with_repo_id
 from .check import check_files
 from .names import is_hub_id
@@ -73,7 +74,7 @@ def plan_publication(
 ) -> Plan:
     """Compare a repo directory with what is on the Hub. Changes nothing anywhere.
 
-    Hidden files and `__pycache__` are not published. With `may_be_offline`, a Hub that cannot be reached is no error:
+    Hidden files, but for the scores of `shortv eval`, and `__pycache__` are not published. With `may_be_offline`, a Hub that cannot be reached is no error:
     the plan says so and lists what it knows.
 
     Raises:
@@ -94,6 +95,8 @@ def plan_publication(
         relative = file.relative_to(folder)
         if file.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in relative.parts):
             plan.contents[relative.as_posix()] = file
+    if (folder / eval_results.FILE).is_file():
+        plan.contents[eval_results.FILE] = folder / eval_results.FILE
     if "README.md" in plan.contents:
         card = (folder / "README.md").read_text(encoding="utf-8")
         plan.contents["README.md"] = with_repo_id(card, repo_id).encode()

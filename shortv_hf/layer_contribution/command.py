@@ -1,5 +1,6 @@
 """`shortv lc` and `shortv vtw-k`: they read options and print; `calibration.py` and `vtw.py` do the work."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -11,6 +12,7 @@ from ..command_line.options import (
     Device,
     Direction,
     Dtype,
+    IncludePath,
     ModelOption,
     choose_data,
     choose_model,
@@ -21,12 +23,19 @@ if TYPE_CHECKING:
     from .calibration import Calibration
 
 Metric = Literal["lc", "greedy", "cosine", "random"]
+Samples = Annotated[int, typer.Option("--samples", "--limit", min=1, help="Samples of each source.")]
+
+# By reading its task.py and llava.py
+NOTE_ON_TASKS = (
+    "shortv: each question is asked about its own picture, as Appendix B of the paper says. The authors' released --cal_lc "
+    "pairs random questions with the first pictures of the data set, so its order of layers can differ from this one"
+)
 
 
 def lc(
     model: DefaultModel = None,
     data: Data = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples of each source.")] = 20,
+    samples: Samples = 20,
     metric: Annotated[Metric, typer.Option(help="How layers are ranked.")] = "lc",
     kl: Annotated[Direction, typer.Option(help="forward: the paper; reverse: the released code.")] = "forward",
     seed: Annotated[int, typer.Option(help="Of the choice of samples and of a random ranking.")] = 0,
@@ -47,6 +56,7 @@ def lc(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace what --output and --save-model hold already.")
     ] = False,
+    include_path: IncludePath = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     model_option: ModelOption = None,
@@ -55,8 +65,7 @@ def lc(
 
     Vision-language models without a ShortV class are ranked too, with `apply_shortv`.
     """
-    from ..data import outputs
-    from ..data.sources import Samples, split_sources
+    from ..data import outputs, sources
     from ..hub import build, loading
     from ..pictures import plots
     from .budget import Budget
@@ -96,15 +105,17 @@ def lc(
         with outputs.whole_file(output / "layer_scores.png") as plot:
             plots.plot_ranking(found.ranking, plot, found.text_scores)
 
+    if any(name.startswith(sources.TASK) for name in sources.split_sources(data)):
+        print(NOTE_ON_TASKS, file=sys.stderr)
     loaded, processor = (loading.load if has_class else loading.load_stock)(model, device=device, dtype=dtype)
     found = calibrate(
         loaded,
-        Samples(data, processor, samples, seed),
+        sources.Samples(data, processor, samples, seed, include_path),
         budget,
         metric=metric,
         kl=kl,
         seed=seed,
-        data=f"{','.join(map(plots.short_name, split_sources(data)))}, {samples} each, seed {seed}",  # no paths
+        data=f"{','.join(map(plots.short_name, sources.split_sources(data)))}, {samples} each, seed {seed}",  # no paths
         text=text,
         on_scores=save,
     )
@@ -187,11 +198,12 @@ def vtw_k(
     model: DefaultModel = None,
     max_kl: Annotated[float, typer.Option(help="Largest mean KL divergence from the dense model, in nats.")] = 0.003,
     data: Data = None,
-    samples: Annotated[int, typer.Option(min=1, help="Samples of each source.")] = 20,
+    samples: Samples = 20,
     seed: Annotated[int, typer.Option(help="Of the choice of samples.")] = 0,
     kl: Annotated[
         Direction, typer.Option(help="reverse: KL(VTW || dense), as released; forward: KL(dense || VTW).")
     ] = "reverse",
+    include_path: IncludePath = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     model_option: ModelOption = None,
@@ -206,7 +218,7 @@ def vtw_k(
     first_layer_below({}, max_kl, 0)  # refuses a bad limit before the weights are read
     loaded, processor = load(model, device=device, dtype=dtype)
     n_layers = loaded.config.get_text_config().num_hidden_layers
-    found = withdrawal_divergences(loaded, load_samples(data, processor, samples, seed), kl=kl)
+    found = withdrawal_divergences(loaded, load_samples(data, processor, samples, seed, include_path), kl=kl)
     for layer, value in found.items():
         print(f"K = {layer:2d}   {value:.6f} nats")
     chosen = first_layer_below(found, max_kl, n_layers)

@@ -229,6 +229,31 @@ def plot_curves(panels: dict[str, dict[str, dict]], x_label: str, output: str | 
     return Path(output)
 
 
+def plot_trade_offs(panels: dict[str, dict[str, tuple[float, float]]], output: str | Path, title: str = "") -> Path:
+    """Panels of points, a point for each name: what it costs, to the right, and what it scores.
+
+    Args:
+        panels: by the label of the horizontal axis, points (x, y) by name. A name has one colour and one mark in all panels.
+        output: the PNG file; returned.
+        title: above the chart.
+    """
+    figure, all_axes = _figure(5 * len(panels), 4, len(panels))
+    names = list(dict.fromkeys(name for points in panels.values() for name in points))
+    for axes, (x_label, points) in zip(all_axes, panels.items(), strict=True):
+        for name, (x, y) in points.items():
+            number = names.index(name)
+            axes.plot(
+                x, y, linestyle="", marker="os^Dv*PX"[number % 8], color=f"C{number % 10}", markersize=9, label=name
+            )
+        axes.set(xlabel=x_label, ylabel="score")
+        axes.grid(color=FROZEN)
+        axes.set_axisbelow(True)
+        axes.margins(0.12)
+    _finish(figure, all_axes, title)
+    figure.savefig(output, dpi=150)
+    return Path(output)
+
+
 def _finish(figure, all_axes, title: str = "", marks: dict[str, str] | None = None):
     """Wraps title and vertical labels to the figure, puts the legend below the axes, and lays them out.
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import make_model
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFile
 from processor_files import write_processor
 from transformers import AutoProcessor
 
@@ -275,6 +275,14 @@ def test_faulty_files(name, as_url, faulty):
         load_image(path)
     assert str(caught.value).startswith(f"cannot read the image {path}: ") and message in str(caught.value)
     assert "\n" not in str(caught.value) and "0x" not in str(caught.value)
+
+
+def test_half_a_picture_is_an_error_whatever_other_libraries_want(faulty, monkeypatch):
+    """lmms-eval, once it is imported, has Pillow fill what is missing."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    with pytest.raises(ValueError, match="cannot read the image"):
+        load_image(faulty / FAULTS["truncated"][0])
+    assert ImageFile.LOAD_TRUNCATED_IMAGES
 
 
 @pytest.mark.parametrize(
