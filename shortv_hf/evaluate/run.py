@@ -156,7 +156,7 @@ def evaluate(options: EvaluationOptions, say: Callable[[str], None] = print, com
 
     Args:
         say: called with a line about what is done.
-        command: how the report says that it was made; `None`: by the options.
+        command: how the report says that it was made.
 
     Returns:
         The report, see `report.py`; of the other ranks `{}`. What failed is in it, under "failed".
@@ -199,7 +199,8 @@ def evaluate(options: EvaluationOptions, say: Callable[[str], None] = print, com
                 parts.append(read_saved(file))
     if rank() != 0:
         return {}
-    conditions = {"command": command or repr(options), **conditions}
+    if command is not None:
+        conditions = {"command": command, **conditions}
     report = reports.make(conditions, methods, benchmarks, parts, failed, left_out)
     reports.write(report, options.output)
     return report
