@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from shortv_hf.command_line.options import load_config, parse_numbers, parse_reduction
+from shortv_hf.command_line.options import load_config, parse_layers, parse_reduction
 from shortv_hf.data.images import load_image
 from shortv_hf.data.inputs import encode_messages, to_device
 from shortv_hf.data.prompts import user_message
@@ -94,7 +94,7 @@ def parse_model(words: Sequence[str]) -> Model:
     config = load_config(path)
     fields = parse_reduction(given.pop("reduction", None), config)
     if "layers" in given:
-        fields["shortv_layers"] = parse_numbers(given.pop("layers"), "layers=", "layer ids")
+        fields["shortv_layers"] = parse_layers(given.pop("layers"), "layers=")
     type(config).from_pretrained(path, **fields)  # an error now, not after hours of the models before
     return Model(name, path, fields, **given)
 

@@ -1,8 +1,9 @@
 """Configurations of the ShortV models: those of Hugging Face's vision-language models plus four fields.
 
-`shortv_layers` (`list[int]`, default `[]`)
+`shortv_layers` (`list[int | str]`, default `[]`)
     Decoder layers that freeze visual tokens. A set for the forward pass; the order records the ranking (the most
-    ineffective layer first). `[]` is the dense model.
+    ineffective layer first). `[]` is the dense model. A layer updates visual tokens twice, and an entry can name one of
+    the two: `12` is the whole layer, `"12.mlp"` its FFN, `"12.self_attn"` its attention.
 `visual_reduction` (`dict`, *optional*)
     A visual-token reduction method to combine with, e.g. `{"method": "fastv", "k": 2, "ratio": 0.5}`; the methods and
     their options are in `reduction_….py`. `None` turns it off.
@@ -15,6 +16,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from numbers import Integral
 from typing import TYPE_CHECKING, Any
@@ -47,28 +49,60 @@ from .upstream import has_tied_head, inherit_tables
 REDUCTIONS = (Downsample, FastV, ILLaVA, PruMerge, PruMergePlus, RandomSubset, VTCCLS, VTW)
 
 
+PARTS = ("self_attn", "mlp")  # of a layer, in their order; as Transformers calls its modules
+PART = re.compile(r"(0|[1-9][0-9]*)\.(self_attn|mlp)")
 SHORTV_FIELDS = ("shortv_layers", "visual_reduction", "base_model_name_or_path", "base_model_revision")
 
 
-def validate_shortv_layers(shortv_layers: Iterable[int], num_hidden_layers: int) -> list[int]:
-    """Return `shortv_layers` as a list of ints in the given order.
+def validate_shortv_layers(shortv_layers: Iterable[int | str], num_hidden_layers: int) -> list[int | str]:
+    """Return `shortv_layers` as a list of ints and names of parts in the given order.
 
     Raises:
-        ValueError: if an id is not an integer, is negative, is not below `num_hidden_layers`, or appears twice.
+        ValueError: if an id is not an integer, is negative, is not below `num_hidden_layers`, or a part's name is unknown;
+            or if an update is named twice.
     """
-    valid = f"valid layer ids are the integers 0 to {num_hidden_layers - 1}"
+    valid = (
+        f"valid layer ids are the integers 0 to {num_hidden_layers - 1}, and of their parts '0.mlp' or '0.self_attn'"
+    )
     if isinstance(shortv_layers, (str, bytes)) or not isinstance(shortv_layers, Iterable):
         raise ValueError(f"shortv_layers must be a list of layer ids, got {shortv_layers!r}; {valid}")
-    layers: list[int] = []
-    for layer in shortv_layers:
+    layers: list[int | str] = []
+    updates: set[tuple[int, str]] = set()
+    for entry in shortv_layers:
+        parts: tuple[str, ...] = PARTS
+        layer: Any = entry
+        if isinstance(entry, str) and (named := PART.fullmatch(entry)):
+            layer, parts = int(named[1]), (named[2],)
         if isinstance(layer, bool) or not isinstance(layer, Integral):
-            raise ValueError(f"shortv_layers holds {layer!r}, which is not an integer; {valid}")
-        if not 0 <= layer < num_hidden_layers:
-            raise ValueError(f"shortv_layers holds {layer}, which is out of range; {valid}")
-        if int(layer) in layers:
-            raise ValueError(f"shortv_layers holds {layer} twice; {valid}, each at most once")
-        layers.append(int(layer))
+            raise ValueError(f"shortv_layers holds {entry!r}, which is not an integer; {valid}")
+        if not 0 <= int(layer) < num_hidden_layers:
+            raise ValueError(f"shortv_layers holds {entry}, which is out of range; {valid}")
+        named_now = {(int(layer), part) for part in parts}
+        if named_now & updates:
+            raise ValueError(f"shortv_layers holds {entry} twice, or beside a part of it; {valid}, each at most once")
+        updates |= named_now
+        layers.append(entry if isinstance(entry, str) else int(layer))
     return layers
+
+
+def frozen_updates(shortv_layers: Iterable[int | str]) -> tuple[frozenset[int], frozenset[int]]:
+    """Ids of the layers whose attention does not update visual tokens, and of those whose FFN does not."""
+    attention, ffn = set(), set()
+    for entry in shortv_layers:
+        layer, _, part = str(entry).partition(".")
+        if part != "mlp":
+            attention.add(int(layer))
+        if part != "self_attn":
+            ffn.add(int(layer))
+    return frozenset(attention), frozenset(ffn)
+
+
+def frozen_text(shortv_layers: Iterable[int | str], num_hidden_layers: int) -> str:
+    """How much is frozen, in words: "8 of 12 layers", "6 of 12 layers and 3 halves"."""
+    attention, ffn = frozen_updates(shortv_layers)
+    whole, halves = len(attention & ffn), len(attention ^ ffn)
+    more = f" and {halves} {'half' if halves == 1 else 'halves'}" if halves else ""
+    return f"{whole} of {num_hidden_layers} layers{more}"
 
 
 def validate_visual_reduction(visual_reduction: dict | None, config: PretrainedConfig) -> dict | None:

@@ -9,13 +9,15 @@ In a frozen layer
 The cost falls from `2(t+v)(4h+3m)h + 4(t+v)²h` FLOPs (Eq. 3) to `2t(4h+3m)h + 4vh² + 4t(t+v)h` (Eq. 4).
 
 So a frozen layer is the *stock* layer, called with the rows of the text tokens, around an attention whose keys and values
-come from all rows. The layers are upstream's own objects: [`graft`] puts these forwards before those of their classes,
+come from all rows. Half a layer can be frozen too, its attention or its FFN: the other half updates visual tokens as ever.
+The layers are upstream's own objects: [`graft`] puts these forwards before those of their classes,
 which keep their names, and no part of upstream's is built or copied here. Which tokens are text is in the [`Plan`] of the
 pass (`plan.py`). A layer without one (a text-only prompt, every decoding step) or that it does not name runs upstream's
 forward and nothing else.
 """
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, SupportsIndex
 
 import torch
@@ -24,13 +26,26 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .plan import Plan, Stream
 from .rows import Rows
-from .upstream import Attention, DecoderLayer, argument, eager_attention, find_cache, own_tables, rotate, update_cache
+from .upstream import (
+    Attention,
+    DecoderLayer,
+    argument,
+    attention_arguments,
+    eager_attention,
+    find_cache,
+    layer_norms,
+    own_tables,
+    returns_tuple,
+    rotate,
+    update_cache,
+)
 
 
 if TYPE_CHECKING:  # what the mixins are put before
 
     class _Layer(DecoderLayer):
         self_attn: "ShortVAttentionMixin"
+        returns_tuple: bool  # see `Grafted`
 
     _Attention = Attention
 else:
@@ -53,8 +68,10 @@ class ShortVDecoderLayerMixin(_Layer):
         if plan is None:
             return super().forward(hidden_states, *args, **kwargs)
         given = kwargs
-        hidden_states, kwargs, rows = plan.enter(self.self_attn, hidden_states, kwargs)
-        if rows is None:
+        hidden_states, kwargs, rows, feeding = plan.enter(self.self_attn, hidden_states, kwargs)
+        if rows is not feeding:
+            output = self._in_halves(hidden_states, plan, rows, feeding, kwargs)
+        elif rows is None:
             output = super().forward(hidden_states, *args, **kwargs)
         else:
             frozen = FrozenRows(plan, rows, self.input_layernorm(hidden_states))
@@ -67,6 +84,34 @@ class ShortVDecoderLayerMixin(_Layer):
             with torch.no_grad():
                 self.self_attn.let_tokens_choose(plan.stream, self.input_layernorm(hidden_states), kwargs, given)
         return output
+
+    def _in_halves(
+        self, hidden_states: Tensor, plan: Plan, attending: Rows | None, feeding: Rows | None, kwargs: dict
+    ) -> Any:
+        """The layer where only its attention, or only its FFN, is computed for all tokens, `None`, and the other half for
+        the rows. Upstream's forward has no place between the two, so its two steps stand here; whether they are the
+        layer's, `check_text_model` (`modeling_shortv.py`) finds out where no test does."""
+        before_attention, after_attention, before_ffn, after_ffn = layer_norms(self)
+        normed = before_attention(hidden_states)
+        asked, with_plan = normed, {}
+        if attending is not None:
+            asked, with_plan = attending.select(normed), {"plan": FrozenRows(plan, attending, normed)}
+        new, weights = self.self_attn(hidden_states=asked, **attention_arguments(self.self_attn, kwargs), **with_plan)[
+            :2
+        ]
+        hidden_states = _add(hidden_states, attending, lambda states: after_attention(new))
+        hidden_states = _add(hidden_states, feeding, lambda states: after_ffn(self.mlp(before_ffn(states))))
+        if not self.returns_tuple:
+            return hidden_states
+        return (hidden_states, weights) if kwargs.get("output_attentions") else (hidden_states,)
+
+
+def _add(states: Tensor, rows: Rows | None, update: Callable[[Tensor], Tensor]) -> Tensor:
+    """`states` `[B, S, h]` and an update of them, of all or of the rows."""
+    if rows is None:
+        return states + update(states)
+    chosen = rows.select(states)
+    return rows.write(states, chosen + update(chosen))
 
 
 class ShortVAttentionMixin(_Attention):
@@ -131,6 +176,7 @@ class Grafted:
 
     stock_class: ClassVar[type]
     mixins: ClassVar[tuple[type, ...]]
+    returns_tuple: ClassVar[bool]
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple:
         kind = type(self)
@@ -148,9 +194,8 @@ def grafted_class(stock_class: type, *mixins: type) -> type[nn.Module]:
     that must not be split over devices, outputs to be recorded)."""
     names = {name: getattr(stock_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     kind: Any = type(stock_class)  # a metaclass
-    return kind(
-        stock_class.__name__, (Grafted, *mixins, stock_class), {**names, "stock_class": stock_class, "mixins": mixins}
-    )
+    own = {"stock_class": stock_class, "mixins": mixins, "returns_tuple": returns_tuple(stock_class)}
+    return kind(stock_class.__name__, (Grafted, *mixins, stock_class), {**names, **own})
 
 
 def refuse_own_forward(module: nn.Module) -> None:

@@ -46,6 +46,7 @@ from transformers.utils import logging
 from .base_weights import BaseWeightsMixin
 from .cache import is_shortened
 from .configuration_shortv import (
+    PARTS,
     ShortVGemma3Config,
     ShortVInternVLConfig,
     ShortVLlavaConfig,
@@ -54,6 +55,7 @@ from .configuration_shortv import (
     ShortVQwen2_5_VLConfig,
     ShortVQwen2VLConfig,
     ShortVQwen3VLConfig,
+    frozen_updates,
     validate_settings,
     validate_shortv_layers,
     validate_visual_reduction,
@@ -72,6 +74,7 @@ from .upstream import (
     features_given,
     find_cache,
     image_features,
+    outputs_of_layers,
     record_outputs,
     require_text_arguments,
     set_used_image_features,
@@ -157,10 +160,12 @@ TESTED_TEXT_MODELS = {
 }
 
 
-def check_text_model(text: TextModel) -> None:
-    """Raises `ValueError` if plans would not be followed right in a stock text model."""
+def check_text_model(text: TextModel, parts: Iterable[str] = ("",)) -> None:
+    """Raises `ValueError` if plans would not be followed right in a stock text model, in whole layers or in `parts`."""
     require_text_arguments(type(text))
-    check_upstream(text, text.config.model_type in TESTED_TEXT_MODELS, _follow_plans, Plan.of_text)
+    tested = text.config.model_type in TESTED_TEXT_MODELS
+    for part in parts:
+        check_upstream(text, tested, _follow_plans, functools.partial(Plan.of_text, part=part), part)
 
 
 class _Block(dict):
@@ -188,7 +193,7 @@ class ShortVSettingsMixin(_Model):
     """Modifications: what is frozen can be switched at run time."""
 
     @property
-    def settings(self) -> tuple[list[int], dict | None]:
+    def settings(self) -> tuple[list[int | str], dict | None]:
         """The frozen layers and the reduction in force here: the config's, unless inside [`using`]."""
         used = self._block() if _OPEN else {}
         layers = used.get("shortv_layers", self.config.shortv_layers)
@@ -200,7 +205,10 @@ class ShortVSettingsMixin(_Model):
 
     @contextmanager
     def using(
-        self, *, shortv_layers: list[int] | EllipsisType = ..., visual_reduction: dict | None | EllipsisType = ...
+        self,
+        *,
+        shortv_layers: list[int | str] | EllipsisType = ...,
+        visual_reduction: dict | None | EllipsisType = ...,
     ) -> Iterator["ShortVSettingsMixin"]:
         """Inside, the model freezes these layers and reduces by this method; what is not given stays. The config is not
         touched, and other threads that use the model are not either: a thread that is started inside must enter
@@ -226,7 +234,7 @@ class ShortVSettingsMixin(_Model):
     def _n_layers(self) -> int:
         return self.config.get_text_config().num_hidden_layers
 
-    def set_shortv_layers(self, shortv_layers: list[int]) -> None:
+    def set_shortv_layers(self, shortv_layers: list[int | str]) -> None:
         """Freeze visual tokens in these decoder layers from now on; `[]` is the dense model. No weight changes.
 
         Raises:
@@ -318,6 +326,8 @@ class ShortVModelMixin(ShortVSettingsMixin):
             return super().forward(input_ids, *args, **kwargs)
         kwargs = {**dict(zip(self._positional, (input_ids, *args), strict=False)), **kwargs}
         plan = self._plan(layers, visual_mask, skip_padding, kwargs)
+        if plan is not None and plan.attention != plan.ffn:
+            check_text_model(text_model(self), PARTS)
         if plan is None or plan.reduction is None:
             return super().forward(**kwargs, **({} if plan is None else {"plan": plan}))
         as_tuple = kwargs.pop("return_dict", None) is False
@@ -328,7 +338,9 @@ class ShortVModelMixin(ShortVSettingsMixin):
             set_used_image_features(output, features[~is_dropped(features)])
         return output.to_tuple() if as_tuple else output
 
-    def _plan(self, layers: list[int], visual_mask: Tensor | None, skip_padding: bool, kwargs: dict) -> Plan | None:
+    def _plan(
+        self, layers: list[int | str], visual_mask: Tensor | None, skip_padding: bool, kwargs: dict
+    ) -> Plan | None:
         """The plan of a pass with the parent's arguments `kwargs`; `None` if it holds no visual token to plan for."""
         present = features_given(kwargs)
         for name in ("pixel_values", "pixel_values_videos"):
@@ -358,7 +370,11 @@ class ShortVModelMixin(ShortVSettingsMixin):
         windows = None
         if reduction.in_decoder is not None and reduction.in_decoder.per_image:
             windows = self._windows(visual_mask, present, kwargs)
-        return Plan(frozenset(layers), visual_mask, None, reduction, padding, skip_padding, windows)
+        attention, ffn = frozen_updates(layers)
+        dead = None if reduction.in_decoder is None else reduction.in_decoder.dead_layer
+        if dead is not None and not outputs_of_layers(self, kwargs):
+            attention, ffn = attention | {dead}, ffn | {dead}
+        return Plan(attention, ffn, visual_mask, None, reduction, padding, skip_padding, windows)
 
     def _active_reduction(self, select_strategy: str | None = None) -> Reduction | None:
         """The options of the reduction in force, or `None` if it changes nothing: the dense code runs then.
@@ -715,7 +731,7 @@ MODELS = (
 
 
 def apply_shortv(
-    model: PreTrainedModel, shortv_layers: list[int], visual_reduction: dict | None = None
+    model: PreTrainedModel, shortv_layers: list[int | str], visual_reduction: dict | None = None
 ) -> PreTrainedModel:
     """Freeze visual tokens in these layers of a loaded Transformers vision-language model, in place: also of families that
     have no ShortV class. The model keeps its class's name, its config gets the fields `shortv_layers` and

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from .cache import is_shortened
+from .configuration_shortv import frozen_updates
 from .reduction import Reduction
 from .rows import Rows, Tokens, additive, mask_at, packed_sequences
 from .stream import Stream
@@ -30,7 +31,8 @@ class Plan:
     """Which tokens of a chunk are frozen, and where.
 
     Attributes:
-        layers: ids of the layers that freeze visual tokens.
+        attention: ids of the layers whose attention leaves visual tokens as they are.
+        ffn: of those whose FFN does. A layer in both is frozen.
         visual: `[B, S]` bool, the tokens that hold features of images and videos.
         text: the tokens that a frozen layer computes; `None` until a pass with a stream has made it.
         reduction: the method that drops or merges tokens, if any.
@@ -40,7 +42,8 @@ class Plan:
         stream: the tokens that are left, in the pass of a `reduction` or on a cache that one has shortened.
     """
 
-    layers: frozenset[int]
+    attention: frozenset[int]
+    ffn: frozenset[int]
     visual: Tensor
     text: Rows | None = None
     reduction: Reduction | None = None
@@ -53,12 +56,13 @@ class Plan:
     @classmethod
     def build(
         cls,
-        layers: Iterable[int],
+        layers: Iterable[int | str],
         visual: Tensor,
         attention_mask: Tensor | None = None,
         max_text_tokens: int | None = None,
     ) -> "Plan | None":
-        """The plan that freezes the tokens where `visual` `[B, S]` is True; `None` if the chunk holds none.
+        """The plan that freezes the tokens where `visual` `[B, S]` is True, in `layers` or parts of them (the config's
+        `shortv_layers`); `None` if the chunk holds none.
 
         With a 2D `attention_mask` `[B, S]`, padding is left out like visual tokens are: a row without an image, padded
         to the length of one with, then costs little. Without one, or with a mask of another shape, padding counts as
@@ -70,25 +74,27 @@ class Plan:
         if torch.is_tensor(attention_mask) and attention_mask.shape == visual.shape:
             text = text & attention_mask.to(device=text.device, dtype=torch.bool)
         if max_text_tokens is not None:
-            return cls(frozenset(layers), visual, Rows.of(text, max_text_tokens))
+            return cls(*frozen_updates(layers), visual, Rows.of(text, max_text_tokens))
         *counts, n_visual = torch.cat([text.sum(1), visual.sum()[None]]).tolist()
         if n_visual == 0:
             return None
         # Of a batch, not even where the counts agree: whether they do would decide which compiled graph fits.
         exact = len(counts) == 1 and counts[0] > 0
         # No query at all would need its own path through every kernel.
-        return cls(frozenset(layers), visual, Rows.of(text, max(*counts, 1), exact))
+        return cls(*frozen_updates(layers), visual, Rows.of(text, max(*counts, 1), exact))
 
     @classmethod
-    def of_text(cls, n_layers: int, rows: int, tokens: int, device: torch.device | str = "cpu") -> "Plan":
-        """The plan that freezes nothing: `tokens` text tokens in each of `rows` rows, which all layers compute by it."""
-        index = torch.arange(tokens, device=device).expand(rows, -1)
-        return cls(frozenset(range(n_layers)), torch.zeros_like(index, dtype=torch.bool), Rows(index))
+    def of_text(cls, n_layers: int, rows: int, tokens: int, part: str = "") -> "Plan":
+        """The plan that freezes nothing: `tokens` text tokens in each of `rows` rows, which all layers compute by it, or
+        their `part` ("self_attn" or "mlp") alone."""
+        index = torch.arange(tokens).expand(rows, -1)
+        layers = [f"{layer}.{part}" if part else layer for layer in range(n_layers)]
+        return cls(*frozen_updates(layers), torch.zeros_like(index, dtype=torch.bool), Rows(index))
 
     @classmethod
     def of_a_step(cls, tokens: Tensor) -> "Plan":
         """The plan of a chunk of text `[B, S]` or `[B, S, h]`, for a pass on a cache from which tokens were dropped."""
-        return cls(frozenset(), torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
+        return cls(frozenset(), frozenset(), torch.zeros(tokens.shape[:2], dtype=torch.bool, device=tokens.device))
 
     @property
     def length(self) -> int:
@@ -108,15 +114,23 @@ class Plan:
 
     # In a layer
 
-    def enter(self, attention: Attention, states: Tensor, kwargs: dict) -> tuple[Tensor, dict, Rows | None]:
-        """A layer's states and keyword arguments in this pass, and the tokens that it computes: `None` for all."""
+    def enter(
+        self, attention: Attention, states: Tensor, kwargs: dict
+    ) -> tuple[Tensor, dict, Rows | None, Rows | None]:
+        """A layer's states and keyword arguments in this pass, and the tokens that its attention and its FFN compute: each
+        `None` for all."""
         layer = attention.layer_idx
-        frozen = layer in self.layers
-        if self.stream is None:
-            return states, kwargs, self.text if frozen else None
-        states = self.stream.enter(layer, states, kwargs)
-        rows = self._text_in_stream(self.stream, layer) if frozen else None
-        return states, self._stream_arguments(self.stream, attention, kwargs, rows), rows
+        frozen = layer in self.attention, layer in self.ffn
+        if self.stream is not None:
+            states = self.stream.enter(layer, states, kwargs)
+        text = self._text(layer) if any(frozen) else None
+        attending, feeding = (text if each else None for each in frozen)
+        if self.stream is not None:
+            kwargs = self._stream_arguments(self.stream, attention, kwargs, attending)
+        return states, kwargs, attending, feeding
+
+    def _text(self, layer: int) -> Rows | None:
+        return self.text if self.stream is None else self._text_in_stream(self.stream, layer)
 
     def _text_in_stream(self, stream: Stream, layer: int) -> Rows | None:
         """The text tokens among those that the layer sees."""
@@ -128,7 +142,7 @@ class Plan:
                 visual, real = visual.to(rows.index.device).gather(1, rows.index), rows.valid
             elif self.skip_padding:
                 real = stream.padding_mask
-            plan = Plan.build(self.layers, visual, real)
+            plan = Plan.build((), visual, real)
             self._shared[key] = None if plan is None else plan.text
         return self._shared[key]
 

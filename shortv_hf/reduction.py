@@ -404,6 +404,11 @@ class StreamReduction(Reduction):
         return self.layers[0]
 
     @property
+    def dead_layer(self) -> int | None:
+        """The layer whose update of visual tokens is read by nobody, since all leave behind it; `None` if there is none."""
+        return None
+
+    @property
     def needs_scores(self) -> bool:
         """Whether `reduce` needs scores of the layer before."""
         return False

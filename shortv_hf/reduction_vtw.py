@@ -10,10 +10,15 @@ from .reduction import ModelSizes, StreamReduction, TokenMap, keep_only
 
 @dataclass(frozen=True)
 class VTW(StreamReduction):
-    """Visual Tokens Withdrawal (Lin et al., AAAI 2025): all visual tokens leave before layer `k`."""
+    """Visual Tokens Withdrawal (Lin et al., AAAI 2025): all visual tokens leave before layer `k`. So nobody reads what layer
+    `k` - 1 makes of them, and it need not be computed."""
 
     method: ClassVar[str] = "vtw"
     k: int = 16
+
+    @property
+    def dead_layer(self) -> int:
+        return self.k - 1
 
     def count(self, v: int) -> int:
         return 0

@@ -109,6 +109,7 @@ if TYPE_CHECKING:
         """A decoder layer."""
 
         self_attn: Attention
+        mlp: nn.Module
         input_layernorm: nn.Module
 
     class TextModel(PreTrainedModel):
@@ -184,6 +185,46 @@ def own_tables(attention: Attention, kwargs: dict) -> tuple[Tensor, Tensor]:
     if len(tables) == 1:
         return next(iter(tables.values()))
     return argument(tables, f"{ROTARY}_local" if attention.is_sliding else f"{ROTARY}_global")
+
+
+def outputs_of_layers(model: PreTrainedModel, kwargs: dict) -> bool:
+    """Whether a call asks for what layers make, beside the result: by an argument, or the configs' own settings."""
+    names = ("output_hidden_states", "output_attentions")
+    configs = model.config, model.config.get_text_config()
+    return any(
+        given if (given := kwargs.get(name)) is not None else any(getattr(each, name, None) for each in configs)
+        for name in names
+    )
+
+
+def layer_norms(layer: Any) -> tuple[Callable, Callable, Callable, Callable]:
+    """A layer's norms before and after its attention, before and after its FFN. Llama has those before; Gemma and GLM have all
+    four, under other names."""
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        after = layer.post_attention_layernorm, layer.pre_feedforward_layernorm, layer.post_feedforward_layernorm
+        return layer.input_layernorm, *after
+    after_attention = getattr(layer, "post_self_attn_layernorm", None) or nn.Identity()
+    after_ffn = getattr(layer, "post_mlp_layernorm", None) or nn.Identity()
+    return layer.input_layernorm, after_attention, layer.post_attention_layernorm, after_ffn
+
+
+def attention_arguments(attention: Attention, kwargs: dict) -> dict:
+    """What a layer hands on to its attention. Of Gemma 3 on 4.57 it is the layer that chooses the rotary tables."""
+    tables = rotary_tables(kwargs)
+    if len(tables) == 1:
+        return kwargs
+    return {
+        **{name: value for name, value in kwargs.items() if name not in tables},
+        ROTARY: own_tables(attention, kwargs),
+    }
+
+
+def returns_tuple(layer_class: type[Any]) -> bool:
+    """Whether a layer's forward returns a tuple, as on 4.x some do; by its source, since annotations say otherwise in places."""
+    try:
+        return "outputs = (hidden_states,)" in inspect.getsource(inspect.unwrap(layer_class.forward))
+    except (OSError, TypeError):  # there is none
+        return False
 
 
 def eager_attention(attention: Attention) -> Callable:
@@ -395,6 +436,7 @@ def check_upstream(
     tested: bool,
     follow_plans: Callable[[TextModel], None],
     plan_of_text: Callable[[int, int, int], Any],
+    part: str = "",
 ) -> None:
     """Of an architecture that is not `tested`, and of each on a Transformers newer than the tested ones: a small model
     whose layers all follow a plan, in which every token is text, must give what the stock model gives, on a cache too.
@@ -406,6 +448,7 @@ def check_upstream(
         tested: whether the tests run on its architecture.
         follow_plans: makes a text model do so.
         plan_of_text: makes the plan, from the number of layers, of rows and of tokens.
+        part: of the layers that follow it, for what has been checked already.
 
     Raises:
         ValueError: it does not; names the installed version and the tested ones.
@@ -413,7 +456,7 @@ def check_upstream(
     if (tested and not is_newer_than_tested()) or getattr(_running, "now", False):
         return
     model_class, implementation = stock_class(text), "eager" if text.config._attn_implementation == "eager" else "sdpa"
-    key = (model_class, implementation, transformers.__version__)
+    key = (model_class, implementation, transformers.__version__, part)
     with _checking:
         if key not in _checked:
             _running.now = True

@@ -478,26 +478,34 @@ def decoder(model: PreTrainedModel) -> torch.nn.Module:
     return model.model.language_model if hasattr(model.model, "language_model") else model.model.text_model
 
 
-@contextmanager
-def discard_updates(stock: PreTrainedModel, layers: list[int], visual: Tensor) -> Iterator[PreTrainedModel]:
-    """The simple reference: inside, the stock model runs every layer for every token, and then throws the updates of the
-    tokens at `visual` `[B, S]` in `layers` away. Chunks of another length are left alone."""
+def part_of(layers: Any, entry: int | str) -> torch.nn.Module:
+    """What an entry of `shortv_layers` names."""
+    layer, _, part = str(entry).partition(".")
+    return getattr(layers[int(layer)], part) if part else layers[int(layer)]
 
-    def discarding(forward: Callable) -> Callable:
-        def wrapped(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-            output = forward(hidden_states, *args, **kwargs)
+
+@contextmanager
+def discard_updates(stock: PreTrainedModel, layers: list[int | str], visual: Tensor) -> Iterator[PreTrainedModel]:
+    """The simple reference: inside, the stock model runs every layer for every token, and then throws the updates of the
+    tokens at `visual` `[B, S]` in `layers` away; of a part of a layer what it adds to them. Chunks of another length are
+    left alone."""
+
+    def discarding(forward: Callable, whole: bool) -> Callable:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            output = forward(*args, **kwargs)
             if hidden_states.shape[1] != visual.shape[1]:
                 return output
             states = output[0] if isinstance(output, tuple) else output
-            states = torch.where(visual[..., None], hidden_states, states)
+            states = torch.where(visual[..., None], hidden_states if whole else torch.zeros_like(states), states)
             return (states, *output[1:]) if isinstance(output, tuple) else states
 
         return wrapped
 
-    frozen = [decoder(stock).layers[i] for i in layers]
+    frozen = [part_of(decoder(stock).layers, entry) for entry in layers]
     before = [vars(layer).get("forward") for layer in frozen]  # 4.57 leaves one there when it has recorded outputs
-    for layer in frozen:
-        layer.forward = discarding(layer.forward)
+    for entry, layer in zip(layers, frozen, strict=True):
+        layer.forward = discarding(layer.forward, whole=isinstance(entry, int))
     try:
         yield stock
     finally:

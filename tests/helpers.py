@@ -165,24 +165,34 @@ def solo_inputs(inputs: dict, rows: list[str], index: int) -> dict:
     return solo
 
 
-@contextmanager
-def discard_updates(stock, layers: list[int], visual_mask: torch.Tensor):
-    """The simple reference: inside, the dense `stock` model runs every layer for every token, and then throws the
-    updates of visual tokens in `layers` away. Chunks of another length than `visual_mask` `[B, S]` are left alone."""
+def part_of(layers, entry: int | str):
+    """What an entry of `shortv_layers` names."""
+    layer, _, part = str(entry).partition(".")
+    return getattr(layers[int(layer)], part) if part else layers[int(layer)]
 
-    def discarding(forward):
-        def wrapped(hidden_states, *args, **kwargs):
-            output = forward(hidden_states, *args, **kwargs)
+
+@contextmanager
+def discard_updates(stock, layers: list[int | str], visual_mask: torch.Tensor):
+    """The simple reference: inside, the dense `stock` model runs every layer for every token, and then throws the
+    updates of visual tokens in `layers` away; of a part of a layer what it adds to them. Chunks of another length than
+    `visual_mask` `[B, S]` are left alone."""
+
+    def discarding(forward, whole):
+        def wrapped(*args, **kwargs):
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            output = forward(*args, **kwargs)
             if hidden_states.shape[1] != visual_mask.shape[1]:
                 return output
-            mask = visual_mask.repeat_interleave(len(hidden_states) // len(visual_mask), 0)  # beams
-            return torch.where(mask[..., None], hidden_states, output)
+            mask = visual_mask.repeat_interleave(len(hidden_states) // len(visual_mask), 0)[..., None]  # beams
+            if isinstance(output, tuple):  # of an attention
+                return output[0].masked_fill(mask, 0), *output[1:]
+            return torch.where(mask, hidden_states, output) if whole else output.masked_fill(mask, 0)
 
         return wrapped
 
-    frozen = [stock.model.language_model.layers[i] for i in layers]
-    for layer in frozen:
-        layer.forward = discarding(layer.forward)
+    frozen = [part_of(stock.model.language_model.layers, entry) for entry in layers]
+    for entry, layer in zip(layers, frozen, strict=True):
+        layer.forward = discarding(layer.forward, whole=isinstance(entry, int))
     try:
         yield stock
     finally:

@@ -158,10 +158,11 @@ def test_flex_attention():
     torch.testing.assert_close(actual[keep], expected[keep], atol=1e-4, rtol=1e-4)
 
 
-def test_compiled_text_model_takes_other_prompts_without_a_new_graph():
+@pytest.mark.parametrize("layers", [LAYERS, [0, "1.mlp", "2.self_attn"]], ids=["layers", "halves"])
+def test_compiled_text_model_takes_other_prompts_without_a_new_graph(layers):
     """The plan is made outside the graph, exact for any family and batch. Only prompts without an image, which have no
     plan, need a graph that stock does not need."""
-    model = make_model("llava_next", shortv_layers=LAYERS)
+    model = make_model("llava_next", shortv_layers=layers)
     stock = make_stock(model)
     prompts = [["ttIt"], ["tIttt"], ["tItItt"], ["tIt", "tttIttt"], ["ttttIt", "tIttt"], ["tIt", "tIt"], ["ttttt"]]
     expected = []

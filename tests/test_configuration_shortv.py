@@ -9,6 +9,7 @@ from helpers import FAMILIES, make_config, make_model, make_stock
 from transformers import AutoConfig
 
 from shortv_hf import ShortVLlavaConfig, ShortVLlavaForConditionalGeneration
+from shortv_hf.configuration_shortv import frozen_text, frozen_updates
 
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -85,6 +86,12 @@ def test_other_model_types_are_refused(tmp_path):
         ([1.0], "1.0, which is not an integer"),
         ([True], "True, which is not an integer"),
         (["3"], "'3', which is not an integer"),
+        (["3.ffn"], "'3.ffn', which is not an integer"),
+        (["03.mlp"], "'03.mlp', which is not an integer"),
+        (["4.mlp"], "4.mlp, which is out of range"),
+        ([1, "1.mlp"], "1.mlp twice, or beside a part of it"),
+        (["1.mlp", 2, "1.mlp"], "1.mlp twice"),
+        (["2.self_attn", 2], "2 twice, or beside a part of it"),
         ("3,1", "must be a list"),
         (3, "must be a list"),
     ],
@@ -101,6 +108,15 @@ def test_layers_become_a_list_of_ints(layers):
     config = make_config(shortv_layers=layers)
     assert config.shortv_layers == [2, 0]
     assert all(type(layer) is int for layer in config.shortv_layers)
+
+
+def test_halves_of_layers(tmp_path):
+    layers = [3, "1.mlp", "0.self_attn", "0.mlp"]
+    make_config(shortv_layers=layers).save_pretrained(tmp_path)
+    assert ShortVLlavaConfig.from_pretrained(tmp_path).shortv_layers == layers
+    assert frozen_updates(layers) == ({3, 0}, {3, 1, 0})
+    assert frozen_text(layers, 4) == "2 of 4 layers and 1 half"
+    assert [frozen_text(few, 4) for few in ([], ["1.mlp", "2.mlp"])] == ["0 of 4 layers", "0 of 4 layers and 2 halves"]
 
 
 def test_configs_do_not_share_layers():

@@ -33,14 +33,18 @@ from torch._dynamo.exc import TorchDynamoException
 from transformers import DynamicCache
 
 import shortv_hf
+from shortv_hf.configuration_shortv import frozen_updates
 from shortv_hf.layer_contribution import rank_layers
+from shortv_hf.reduction_vtw import VTW as VTWithdrawal
 from shortv_hf.stream import Stream
 from shortv_hf.upstream import CACHE, find_cache, image_features
 
 
 LAYERS = [0, 2]
+HALVES = [0, "1.mlp", "2.self_attn", "3.mlp", "3.self_attn"]
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 ATTENTION = pytest.mark.parametrize("attn", ["sdpa", "eager"])
+LAYERS_AND_HALVES = pytest.mark.parametrize("layers", [LAYERS, HALVES], ids=["layers", "halves"])
 
 
 def of_kinds(*wanted):
@@ -76,9 +80,9 @@ REDUCTIONS = [
 
 
 @functools.cache
-def frozen(family, attn="sdpa"):
-    """The ShortV model with LAYERS frozen; shared, so left as it is."""
-    return shortv_of(build(family, attn), LAYERS)
+def frozen(family, attn="sdpa", halves=False):
+    """The ShortV model with LAYERS or HALVES frozen; shared, so left as it is."""
+    return shortv_of(build(family, attn), HALVES if halves else LAYERS)
 
 
 def close(actual, expected, **options):
@@ -127,10 +131,11 @@ def test_no_layers_are_bit_identical_to_stock(family, kind, attn):
 
 @FAMILY_AND_KIND
 @ATTENTION
-def test_frozen_layers_equal_the_reference(family, kind, attn):
-    stock, model, given = build(family, attn), frozen(family, attn), inputs(family, kind)
+@LAYERS_AND_HALVES
+def test_frozen_layers_equal_the_reference(family, kind, attn, layers):
+    stock, model, given = build(family, attn), frozen(family, attn, layers == HALVES), inputs(family, kind)
     dense = logits_of(stock, given)
-    with discard_updates(stock, LAYERS, visual_mask(given)):
+    with discard_updates(stock, layers, visual_mask(given)):
         expected, answer = logits_of(stock, given), generated(stock, given)
     assert kind == "text" or (expected - dense).abs().max() > 0.1
     close(logits_of(model, given), expected)
@@ -138,13 +143,15 @@ def test_frozen_layers_equal_the_reference(family, kind, attn):
 
 
 @FAMILY
-def test_hidden_states_and_attentions(family):
-    stock, model, given = build(family, "eager"), frozen(family, "eager"), inputs(family, "images")
+@LAYERS_AND_HALVES
+def test_hidden_states_and_attentions(family, layers):
+    stock, model, given = build(family, "eager"), frozen(family, "eager", layers == HALVES), inputs(family, "images")
+    asking_text, _ = frozen_updates(layers)
     visual, real = visual_mask(given), given["attention_mask"].bool()
     options = {"output_hidden_states": True, "output_attentions": True}
     with torch.no_grad():
         output = model(**given, **options)
-        with discard_updates(stock, LAYERS, visual):
+        with discard_updates(stock, layers, visual):
             expected = stock(**given, **options)
     assert len(output.hidden_states) == len(expected.hidden_states) == N_LAYERS + 1
     for actual, other in zip(output.hidden_states, expected.hidden_states, strict=True):
@@ -153,15 +160,16 @@ def test_hidden_states_and_attentions(family):
     for layer, (actual, other) in enumerate(zip(output.attentions, expected.attentions, strict=True)):
         assert actual.shape == other.shape
         rows, others = actual.transpose(1, 2), other.transpose(1, 2)  # [B, S, heads, keys]
-        computed = real & ~visual if layer in LAYERS else real
+        computed = real & ~visual if layer in asking_text else real
         close(rows[computed], others[computed])
-        assert layer not in LAYERS or not rows[visual].any()
+        assert layer not in asking_text or not rows[visual].any()
 
 
 @FAMILY_AND_KIND
-def test_cached_equals_uncached(family, kind):
+@LAYERS_AND_HALVES
+def test_cached_equals_uncached(family, kind, layers):
     """Decoding goes on at the right positions, behind images and videos too."""
-    model, given = frozen(family), inputs(family, kind)
+    model, given = frozen(family, halves=layers == HALVES), inputs(family, kind)
     assert torch.equal(greedy(model, given), greedy(model, given, use_cache=False))
 
 
@@ -174,14 +182,42 @@ def test_static_cache(family, attn):
 
 
 @of_kinds("images", "video")
-def test_padded_rows_equal_solo_rows(family, kind):
-    model, given = frozen(family), inputs(family, kind)
+@LAYERS_AND_HALVES
+def test_padded_rows_equal_solo_rows(family, kind, layers):
+    model, given = frozen(family, halves=layers == HALVES), inputs(family, kind)
     with torch.no_grad():
         batch, (ids, _) = model(**given).logits, generated(model, given)
     for i, row in enumerate(KINDS[kind]):
         solo = make_inputs(family, [row], seed=i)
         close(batch[i][given["attention_mask"][i].bool()], logits_of(model, solo))
         assert torch.equal(ids[i : i + 1], generated(model, solo)[0])
+
+
+@FAMILY
+@ATTENTION
+def test_what_nobody_reads_is_not_computed(family, attn, monkeypatch):
+    """Before VTW's layer: the answer is the same up to rounding, by kernels with fewer rows; and hidden states and attentions
+    are whole where asked for."""
+    stock, given, options = build(family, attn), inputs(family, "images"), fitting(family, VTW)
+    model = shortv_of(stock, [0], options)
+    fed = []
+    mlp = decoder(model).layers[options["k"] - 1].mlp
+    hook = mlp.register_forward_hook(lambda module, args, output: fed.append(args[0].shape[1]))
+    spared = logits_of(model, given), generated(model, given)
+    n = given["input_ids"].shape[1]
+    assert fed and max(fed) < n
+    fed.clear()
+    with torch.no_grad():
+        asked = model(**given, output_hidden_states=True)
+    assert fed == [n]
+    hook.remove()
+    monkeypatch.setattr(VTWithdrawal, "dead_layer", None)
+    computed = logits_of(model, given), generated(model, given)
+    with torch.no_grad():
+        whole = model(**given, output_hidden_states=True)
+    close(spared[0], computed[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(spared[1][0], computed[1][0])
+    assert all(map(torch.equal, asked.hidden_states, whole.hidden_states))
 
 
 # --------------------------------------------------------------------------------------------------------------- turns
@@ -455,11 +491,12 @@ APPLIED = [
 
 
 @pytest.mark.parametrize(("family", "attn"), APPLIED)
-def test_apply_shortv(family, attn):
+@LAYERS_AND_HALVES
+def test_apply_shortv(family, attn, layers):
     stock, given = build(family, attn), inputs(family, "images")
     model, dense = copy.deepcopy(stock), logits_of(stock, given)
-    assert shortv_hf.apply_shortv(model, shortv_layers=LAYERS) is model
-    with discard_updates(stock, LAYERS, visual_mask(given)):
+    assert shortv_hf.apply_shortv(model, shortv_layers=layers) is model
+    with discard_updates(stock, layers, visual_mask(given)):
         expected, answer = logits_of(stock, given), generated(stock, given)
     assert (expected - dense).abs().max() > 0.1
     close(logits_of(model, given), expected)
@@ -489,6 +526,19 @@ def test_apply_shortv_refuses_what_it_would_get_wrong(text_model):
     with pytest.raises(ValueError, match=type(decoder(model)).__name__):
         shortv_hf.apply_shortv(model, shortv_layers=LAYERS)
     assert torch.equal(logits_of(model, given), dense)
+
+
+def test_halves_that_would_be_wrong_are_refused(monkeypatch):
+    """Where upstream's layer does something else between its halves: found by trying, once halves are asked for."""
+    model, given = shortv_of(build("llava"), [1]), inputs("llava", "images")
+    monkeypatch.setattr(shortv_hf.modeling_shortv, "TESTED_TEXT_MODELS", set())
+    monkeypatch.setattr(shortv_hf.upstream, "_checked", {})
+    norms = shortv_hf.decoder_layer.layer_norms
+    monkeypatch.setattr(shortv_hf.decoder_layer, "layer_norms", lambda layer: (*norms(layer)[:3], lambda new: 2 * new))
+    logits_of(model, given)
+    model.set_shortv_layers([1, "2.mlp"])
+    with pytest.raises(ValueError, match="cannot freeze tokens in LlamaModel"):
+        logits_of(model, given)
 
 
 @pytest.mark.parametrize("layers", [[N_LAYERS], [-1], [1, 1], ["all"]], ids=str)

@@ -16,8 +16,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from ..configuration_shortv import SHORTV_FIELDS, ShortVLlavaConfig, ShortVLlavaOnevisionConfig
-from ..flops.equations import visual_tokens_by_layer
+from ..configuration_shortv import SHORTV_FIELDS, ShortVLlavaConfig, ShortVLlavaOnevisionConfig, frozen_updates
+from ..flops.equations import frozen_updates_in, visual_tokens_by_layer
 from ..hub.loading import model_classes
 from ..hub.paper import PAPER_MODELS
 from ..hub.trial import TOKEN_TYPES, visual_ids
@@ -47,8 +47,8 @@ class Subject:
     vtw_layer: int
     images: tuple[int, ...] = (1,)
 
-    def layers(self, n: int) -> tuple[int, ...]:
-        """`n` layers to freeze: those of the config in their order, then the others from the last to the first (the
+    def layers(self, n: int) -> tuple[int | str, ...]:
+        """`n` layers (or halves) to freeze: those of the config in their order, then the others from the last to the first (the
         paper prints no more; which layers they are does not change the cost). Raises `ValueError` if `n` is not valid.
         """
         n_layers = self.config.get_text_config().num_hidden_layers
@@ -57,7 +57,8 @@ class Subject:
                 f"--num-layers is {n}; the model has {n_layers} layers, so the valid range is 1 to {n_layers}"
             )
         ranked = list(self.config.shortv_layers)
-        return tuple([*ranked, *(i for i in reversed(range(n_layers)) if i not in ranked)][:n])
+        named = set.union(*map(set, frozen_updates(ranked)))
+        return tuple([*ranked, *(i for i in reversed(range(n_layers)) if i not in named)][:n])
 
 
 def cpu_small() -> Subject:
@@ -138,7 +139,7 @@ class Method:
     """A way to run the prompt. `shortv_layers` `None` is the stock Hugging Face class, the baseline."""
 
     name: str
-    shortv_layers: tuple[int, ...] | None = ()
+    shortv_layers: tuple[int | str, ...] | None = ()
     visual_reduction: dict | None = field(default=None, hash=False)
 
     @property
@@ -154,14 +155,15 @@ class Method:
         options = dict(self.visual_reduction)
         return REDUCTIONS[options.pop("method")](**options).cuts_images
 
-    def per_layer(self, v: int, config: PretrainedConfig) -> list[tuple[int, bool]]:
-        """Visual tokens of each decoder layer, of `v` in the prompt, and whether the layer freezes them. `config`: that of
-        the model. Raises `ValueError` where how many the method keeps depends on the pictures."""
+    def per_layer(self, v: int, config: PretrainedConfig) -> list[tuple[int, bool, bool]]:
+        """Visual tokens of each decoder layer, of `v` in the prompt, and whether its attention and its FFN leave them as they
+        are. `config`: that of the model. Raises `ValueError` where how many the method keeps depends on the pictures."""
         if self.works_on_images and ModelSizes.of(config).tiled:  # v could be mistaken for a number of whole tiles
             raise ValueError(f"{self.name}: how many of {v} visual tokens are newlines depends on the pictures")
         n_layers = config.get_text_config().num_hidden_layers
         counts = visual_tokens_by_layer(v, n_layers, self.visual_reduction, config)
-        return [(count, i in (self.shortv_layers or ())) for i, count in enumerate(counts)]
+        attention, ffn = frozen_updates_in(self.shortv_layers or (), self.visual_reduction, v, config, n_layers)
+        return [(count, i in attention, i in ffn) for i, count in enumerate(counts)]
 
 
 STOCK = Method("stock", None)

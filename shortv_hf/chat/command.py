@@ -169,7 +169,7 @@ def _print_comparison(result: dict, as_json: bool):
     for column in ("", "dense", ours):
         table.add_column(column)
     table.add_row("answer", *(Text(row["answer"]) for row in rows))  # never markup
-    table.add_row("frozen layers", *(str(len(row["shortv_layers"])) for row in rows))
+    table.add_row("frozen layers and halves", *(str(len(row["shortv_layers"])) for row in rows))
     table.add_row("visual tokens in the last layer", *(str(row["visual_tokens_left"]) for row in rows))
     table.add_row("time to first token", *(f"{1000 * row['time_to_first_token_s']:.1f} ms" for row in rows))
     table.add_row("prefill GFLOPs, vision tower included", *(f"{row['prefill_flops'] / 1e9:.3f}" for row in rows))

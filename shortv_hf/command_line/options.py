@@ -28,7 +28,11 @@ Device = Annotated[
 ]
 Dtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: the checkpoint's.")]
 Layers = Annotated[
-    str | None, typer.Option(help="Frozen layers, e.g. 31,29,30.", show_default="those of the model's config")
+    str | None,
+    typer.Option(
+        help="Frozen layers, e.g. 31,29,30, or halves of them: 31.mlp,29.self_attn.",
+        show_default="those of the model's config",
+    ),
 ]
 Data = Annotated[
     list[str] | None,
@@ -61,8 +65,15 @@ def split_names(entries: list[str] | None) -> tuple[str, ...] | None:
     return tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
 
 
-def parse_layers(layers: str) -> list[int]:
-    return parse_numbers(layers, "--layers", "layer ids")
+def parse_layers(layers: str, option: str = "--layers") -> list[int | str]:
+    """Layer ids and names of their parts, separated by commas; whether a model has them is not checked. Raises `ValueError`
+    that names the option."""
+    try:
+        return [part if "." in part else int(part) for part in map(str.strip, layers.split(",")) if part]
+    except ValueError:
+        raise ValueError(
+            f"{option} takes layer ids (31, or 31.mlp and 31.self_attn for a half) separated by commas, got {layers!r}"
+        ) from None
 
 
 def parse_reduction(reduction: str | None, config=None, kind: str = "image") -> dict:

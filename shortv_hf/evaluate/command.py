@@ -207,6 +207,7 @@ def answer(
     from ..data.outputs import versions
     from ..data.prompts import check_system_prompt
     from ..hub.loading import load, load_processor
+    from ..layer_contribution.trace import layer_of
     from .answering import AnswersFile, asker, chunk
     from .llava_formats import FORMATS, read_questions
     from .llava_uploads import check_upload, check_upload_questions, write_upload
@@ -231,7 +232,7 @@ def answer(
     settings = {
         "format": format,
         "model": str(Path(model).resolve()) if Path(model).is_dir() else model,
-        "shortv_layers": sorted(config.shortv_layers),
+        "shortv_layers": sorted(config.shortv_layers, key=lambda entry: (layer_of(entry), str(entry))),
         "visual_reduction": config.visual_reduction,
         "dtype": dtype,
         "max_new_tokens": longest,

@@ -25,7 +25,7 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 
-from ..command_line.options import parse_numbers, parse_reduction
+from ..command_line.options import parse_layers, parse_reduction
 from ..data.inputs import to_device
 from ..data.prompts import check_system_prompt
 from ..data.video import MAX_FRAMES, load_video
@@ -65,7 +65,7 @@ class ShortV(lmms):
     def __init__(
         self,
         pretrained: str,
-        layers: str | int | Sequence[int] | None = None,
+        layers: str | int | Sequence[int | str] | None = None,
         reduction: str | dict | None = None,
         dtype: str = "auto",
         device: str | None = None,
@@ -241,11 +241,11 @@ def _cut(text: str, until: str | Sequence[str] | None) -> str:
     return text.strip()
 
 
-def _as_layers(layers: str | int | Sequence[int] | None) -> list[int] | None:
+def _as_layers(layers: str | int | Sequence[int | str] | None) -> list[int | str] | None:
     if layers is None:
         return None
     text = ",".join(map(str, layers)) if isinstance(layers, (list, tuple)) else str(layers)
-    return parse_numbers(text.strip("'\"[] ").replace("-", ","), "layers", "layer ids")
+    return parse_layers(text.strip("'\"[] ").replace("-", ","), "layers")
 
 
 def _as_text(reduction: str | dict | None) -> str | None:

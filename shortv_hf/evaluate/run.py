@@ -32,6 +32,7 @@ import torch
 from transformers import PretrainedConfig
 
 from ..benchmark.subjects import Method, Subject, choose_methods
+from ..configuration_shortv import validate_shortv_layers
 from ..data import outputs
 from ..data.jsonl import read_json
 from ..hub.loading import any_config, place
@@ -67,7 +68,7 @@ class EvaluationOptions:
     suites: tuple[str, ...] = ()
     tasks: tuple[str, ...] = ()
     methods: tuple[str, ...] = (AS_SET,)
-    layers: tuple[int, ...] | None = None
+    layers: tuple[int | str, ...] | None = None
     limit: int | None = None
     batch_size: int = 8
     device: str = "auto"
@@ -104,7 +105,9 @@ class Part:
     data_set: str
 
 
-def methods_of(config: PretrainedConfig, names: Sequence[str], layers: Sequence[int] | None = None) -> list[Method]:
+def methods_of(
+    config: PretrainedConfig, names: Sequence[str], layers: Sequence[int | str] | None = None
+) -> list[Method]:
     """The dense model and the methods of these names. `config`: the model's.
 
     Raises:
@@ -112,8 +115,7 @@ def methods_of(config: PretrainedConfig, names: Sequence[str], layers: Sequence[
     """
     frozen = list(getattr(config, "shortv_layers", []) if layers is None else layers)
     n_layers = config.get_text_config().num_hidden_layers
-    if wrong := [each for each in frozen if not 0 <= each < n_layers]:
-        raise ValueError(f"--layers names {wrong[0]}; the valid range is 0 to {n_layers - 1}")
+    validate_shortv_layers(frozen, n_layers)
     reduction = getattr(config, "visual_reduction", None)
     set_up = type(config).from_dict({**config.to_dict(), "shortv_layers": frozen})
     subject = Subject(set_up, swept=(), vtw_layer=n_layers // 2)

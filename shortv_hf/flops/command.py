@@ -42,6 +42,7 @@ def flops(
     from rich.console import Console
     from rich.table import Table
 
+    from ..configuration_shortv import frozen_text
     from .equations import flops_ratio, prefill_flops, visual_tokens_of
 
     config = load_config(choose_model(model, model_option))
@@ -52,7 +53,7 @@ def flops(
     config.validate_shortv()
     if visual_tokens is None:
         visual_tokens = visual_tokens_of(config)
-    n = len(config.shortv_layers)
+    n_layers = config.get_text_config().num_hidden_layers
     table = Table(title=f"Prefill, t = {text_tokens}, v = {visual_tokens}")
     unit, scale = (
         ("TFLOPs", 1e12) if prefill_flops(text_tokens, visual_tokens, config, N=0) > 1e11 else ("GFLOPs", 1e9)
@@ -64,7 +65,6 @@ def flops(
     ratio = flops_ratio(text_tokens, visual_tokens, config, kept=kept)
     name = "ShortV" if config.visual_reduction is None else f"ShortV + {config.visual_reduction['method']}"
     table.add_row("dense", "0", f"{dense / scale:.3f}", "100.0%")
-    table.add_row(
-        name, f"{n} of {config.get_text_config().num_hidden_layers}", f"{sparse / scale:.3f}", f"{ratio:.1%}"
-    )
+    frozen = frozen_text(config.shortv_layers, n_layers).replace(" layers", "")
+    table.add_row(name, frozen, f"{sparse / scale:.3f}", f"{ratio:.1%}")
     Console().print(table)

@@ -14,10 +14,10 @@ model keep; ShortV layers freeze what is left. The cost of ranking tokens by one
 Merging inside a vision tower makes that cheaper too: [`tower_flops`].
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from .. import configuration_shortv  # noqa: F401  # registers the methods
+from ..configuration_shortv import frozen_updates
 from ..reduction import ModelSizes, Reduction, parse_visual_reduction, tokens_per_image
 
 
@@ -50,19 +50,32 @@ def layer_shape(config=None, *, h: int | None = None, m: int | None = None) -> L
     )
 
 
-def layer_flops(t: int, v: int, config=None, *, frozen: bool = False, h: int | None = None, m: int | None = None):
+def layer_flops(
+    t: int,
+    v: int,
+    config=None,
+    *,
+    frozen: bool = False,
+    attention_frozen: bool = False,
+    ffn_frozen: bool = False,
+    h: int | None = None,
+    m: int | None = None,
+):
     """FLOPs of one decoder layer in the prefill of `t` text and `v` visual tokens.
 
-    Dense (Eq. 3): `2(t+v)(4h+3m)h + 4(t+v)²h`. `frozen=True`, a ShortV layer (Eq. 4): `2t(4h+3m)h + 4vh² + 4t(t+v)h`.
+    With q tokens that are queries and f that pass the FFN: `4qh² + 4(t+v)h² + 4q(t+v)h + 6fhm`. Dense, all do (Eq. 3):
+    `2(t+v)(4h+3m)h + 4(t+v)²h`. `frozen=True`, a ShortV layer, only text (Eq. 4): `2t(4h+3m)h + 4vh² + 4t(t+v)h`. Or one of
+    the two, `attention_frozen` or `ffn_frozen`.
     """
     _check_counts(t, v)
     shape = layer_shape(config, h=h, m=m)
     n = t + v
-    computed = t if frozen else n  # tokens that are queries and pass the FFN
-    query_and_output = 4 * computed * shape.hidden_size * shape.query_size
+    queries = t if frozen or attention_frozen else n
+    fed = t if frozen or ffn_frozen else n
+    query_and_output = 4 * queries * shape.hidden_size * shape.query_size
     key_and_value = 4 * n * shape.hidden_size * shape.key_value_size
-    attention = 4 * computed * n * shape.query_size
-    ffn = 6 * computed * shape.hidden_size * shape.intermediate_size
+    attention = 4 * queries * n * shape.query_size
+    ffn = 6 * fed * shape.hidden_size * shape.intermediate_size
     return query_and_output + key_and_value + attention + ffn
 
 
@@ -136,7 +149,7 @@ def prefill_flops(
     h: int | None = None,
     m: int | None = None,
     L: int | None = None,
-    shortv_layers: Sequence[int] | None = None,
+    shortv_layers: Sequence[int | str] | None = None,
     visual_reduction: dict | None = None,
     kept: int | None = None,
 ):
@@ -164,7 +177,7 @@ def prefill_flops(
         visual_reduction = getattr(config, "visual_reduction", None)
     if N is not None and shortv_layers is not None:
         raise ValueError("pass N or shortv_layers, not both")
-    N = len(shortv_layers or ()) if N is None else N
+    N = 0 if N is None else N
     if not 0 <= N <= L:
         raise ValueError(f"N is {N}; the model has {L} layers, so the valid range is 0 to {L}")
     if shortv_layers is None and N and visual_reduction is not None:
@@ -175,8 +188,24 @@ def prefill_flops(
                 f"N = {N}"
             )
     counts = visual_tokens_by_layer(v, L, visual_reduction, config, kept=kept)
-    frozen = range(N) if shortv_layers is None else shortv_layers
-    return sum(layer_flops(t, count, config, frozen=layer in frozen, h=h, m=m) for layer, count in enumerate(counts))
+    attention, ffn = frozen_updates_in(
+        range(N) if shortv_layers is None else shortv_layers, visual_reduction, v, config, L
+    )
+    return sum(
+        layer_flops(t, count, config, attention_frozen=i in attention, ffn_frozen=i in ffn, h=h, m=m)
+        for i, count in enumerate(counts)
+    )
+
+
+def frozen_updates_in(
+    shortv_layers: Iterable[int | str], visual_reduction: dict | None, v: int, config, n_layers: int
+) -> tuple[frozenset[int], frozenset[int]]:
+    """Ids of the layers whose attention, and of those whose FFN, leaves visual tokens as they are, by the settings or
+    because nobody reads what they would make of them (VTW's layer before its `k`)."""
+    attention, ffn = frozen_updates(shortv_layers)
+    reduction = _parse(visual_reduction, v, config, n_layers)
+    dead = None if reduction is None or reduction.in_decoder is None else reduction.in_decoder.dead_layer
+    return (attention, ffn) if dead is None else (attention | {dead}, ffn | {dead})
 
 
 def flops_ratio(t: int, v: int, config=None, *, h=None, m=None, L=None, **reduced) -> float:

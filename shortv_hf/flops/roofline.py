@@ -37,41 +37,53 @@ DATA_SHEETS = {  # part of the name that torch gives (a GH200 is no H200): dense
 }
 
 
-def layer_parts(t: int, v: int, config, *, frozen: bool = False, batch: int = 1, value_bytes: int = 2):
+def layer_parts(
+    t: int,
+    v: int,
+    config,
+    *,
+    attention_frozen: bool = False,
+    ffn_frozen: bool = False,
+    batch: int = 1,
+    value_bytes: int = 2,
+):
     """`(FLOPs, bytes)` of each part of one decoder layer: Q and output, K and V, attention, FFN.
 
     Args:
         t, v: text and visual tokens of a row in this layer.
         config: a text config or a LLaVA config.
-        frozen: whether the layer freezes visual tokens.
+        attention_frozen, ffn_frozen: whether the layer's attention, and its FFN, leave visual tokens as they are.
         batch: rows.
         value_bytes: size of one weight.
     """
     shape = layer_shape(config)
-    computed, n = (t if frozen else t + v), t + v
+    n = t + v
+    queries, fed = t if attention_frozen else n, t if ffn_frozen else n
     weights = {
         "query_and_output": 2 * shape.hidden_size * shape.query_size,
         "key_and_value": 2 * shape.hidden_size * shape.key_value_size,
         "ffn": 3 * shape.hidden_size * shape.intermediate_size,
     }
     parts = [
-        (2 * batch * computed * weights["query_and_output"], value_bytes * weights["query_and_output"]),
+        (2 * batch * queries * weights["query_and_output"], value_bytes * weights["query_and_output"]),
         (2 * batch * n * weights["key_and_value"], value_bytes * weights["key_and_value"]),
-        (2 * batch * computed * weights["ffn"], value_bytes * weights["ffn"]),
+        (2 * batch * fed * weights["ffn"], value_bytes * weights["ffn"]),
     ]
     keys_and_values = 2 * batch * n * shape.key_value_size
-    return [*parts, (4 * batch * computed * n * shape.query_size, value_bytes * keys_and_values)]
+    return [*parts, (4 * batch * queries * n * shape.query_size, value_bytes * keys_and_values)]
 
 
 def prefill_seconds(
-    layers: Iterable[tuple[int, bool]], t: int, config, peak: Peak, *, batch: int = 1, value_bytes: int = 2
+    layers: Iterable[tuple[int, bool, bool]], t: int, config, peak: Peak, *, batch: int = 1, value_bytes: int = 2
 ) -> float:
-    """Least time of the decoder layers' prefill; `layers` holds, per layer, its visual tokens and whether they are
-    frozen. The other arguments are those of [`layer_parts`]."""
+    """Least time of the decoder layers' prefill; `layers` holds, per layer, its visual tokens and whether its attention and
+    its FFN leave them as they are. The other arguments are those of [`layer_parts`]."""
     return sum(
         max(flops / peak.flops_per_s, size / peak.bytes_per_s)
-        for v, frozen in layers
-        for flops, size in layer_parts(t, v, config, frozen=frozen, batch=batch, value_bytes=value_bytes)
+        for v, attention, ffn in layers
+        for flops, size in layer_parts(
+            t, v, config, attention_frozen=attention, ffn_frozen=ffn, batch=batch, value_bytes=value_bytes
+        )
     )
 
 

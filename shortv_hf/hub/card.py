@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import PretrainedConfig
 
+from ..configuration_shortv import frozen_text
 from ..flops.equations import flops_ratio, prefill_flops, visual_tokens_of
 from ..layer_contribution.ranking import LayerRanking
 from ..upstream import TESTED
@@ -95,7 +96,7 @@ def reference_card(
         weights += f" Visual tokens are also reduced: `visual_reduction = {config.visual_reduction}`."
     license_note = f"; the weights are under the license of the base checkpoint (`{license}`)" if license else ""
     sections = [
-        f"# {title} with visual tokens frozen in {n_frozen} of {n_layers} layers (ShortV)",
+        f"# {title} with visual tokens frozen in {frozen_text(config.shortv_layers, n_layers)} (ShortV)",
         f"ShortV ([ICCV 2025](https://arxiv.org/abs/2504.00502)) makes the prefill of a multimodal model cheaper without "
         f"training: in decoder layers that change visual tokens to no effect, visual tokens keep their hidden states, "
         f"and only text tokens pay for queries, output projection and FFN.\n\n{weights} Frozen layers, the most "
@@ -167,7 +168,7 @@ def demo_card(
         language="en",
     )
     sections = [
-        f"# A small {architecture} that demonstrates ShortV: visual tokens frozen in {n_frozen} of {n_layers} layers",
+        f"# A small {architecture} that demonstrates ShortV: visual tokens frozen in {frozen_text(config.shortv_layers, n_layers)}",
         f"This model was trained from scratch to answer questions about {subject} and about "
         "nothing else. It shows what [ShortV](https://arxiv.org/abs/2504.00502) does in seconds and on any machine: "
         "freezing visual tokens in the right layers leaves the answers as they are. The repo holds its own weights. "
@@ -272,9 +273,8 @@ To run none of it, install the package: after `import shortv_hf` the same lines 
 
 
 def _results(config: PretrainedConfig, paper: PaperModel | None, measured: Sequence[dict]) -> list[str]:
-    n = len(config.shortv_layers)
-    v = visual_tokens_of(config)
-    dense, sparse = prefill_flops(64, v, config, N=0), prefill_flops(64, v, config, N=n)
+    v, frozen = visual_tokens_of(config), {"shortv_layers": config.shortv_layers}
+    dense, sparse = prefill_flops(64, v, config, N=0), prefill_flops(64, v, config, **frozen)
     unit, scale = ("TFLOPs", 1e12) if dense > 1e11 else ("GFLOPs", 1e9)
     parts = []
     if paper is not None:
@@ -290,7 +290,7 @@ def _results(config: PretrainedConfig, paper: PaperModel | None, measured: Seque
         )
     parts.append(
         f"**Computed** (Eq. 3-5 of the paper): the language model's prefill of 64 text and {v} visual tokens takes "
-        f"{sparse / scale:.2f} instead of {dense / scale:.2f} {unit}, {flops_ratio(64, v, config, N=n):.1%}"
+        f"{sparse / scale:.2f} instead of {dense / scale:.2f} {unit}, {flops_ratio(64, v, config, **frozen):.1%}"
         f"{'.' if config.visual_reduction is None else ', by the frozen layers alone.'}"
     )
     rows = []
@@ -353,7 +353,7 @@ def _provenance(ranking: LayerRanking, n_frozen: int, picture: str | None) -> st
         )
     facts.append(("seed", str(ranking.seed)))
     facts += [(name, f"`{version}`") for name, version in ranking.versions.items()]
-    layers = ", ".join(f"{layer} ({ranking.scores[layer]:.2g})" for layer in ranking.order[:n_frozen])
+    layers = ", ".join(f"{layer} ({ranking.score(layer):.2g})" for layer in ranking.layers(n_frozen))
     return "\n\n".join(
         [
             "## How the layers were chosen",

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .. import __version__
+from ..configuration_shortv import frozen_text
 from ..layer_contribution.ranking import LayerRanking
 from ..modeling_shortv import MODELS
 from . import eval_results
@@ -144,7 +145,8 @@ def _check_config(folder: Path) -> str:
     raw, config = _read_config(folder), _load_config(folder)
     if raw.get("auto_map") != config.to_dict()["auto_map"]:
         raise ValueError("auto_map does not name ShortV's classes in this repo's own files")
-    return f"{config.model_type}, layers {config.shortv_layers} of {config.get_text_config().num_hidden_layers} frozen"
+    frozen = frozen_text(config.shortv_layers, config.get_text_config().num_hidden_layers)
+    return f"{config.model_type}, {frozen} frozen: {config.shortv_layers}"
 
 
 def _check_base(folder: Path, without_weights: bool) -> str:

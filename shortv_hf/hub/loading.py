@@ -95,7 +95,9 @@ def load_processor(model: str, config: PretrainedConfig) -> ProcessorMixin:
         raise ValueError(f"no processor can be loaded from {where}: {' '.join(str(error).split())}") from error
 
 
-def load(model: str, layers: list[int] | None = None, device: str = "auto", dtype: str = "auto", **config_fields):
+def load(
+    model: str, layers: list[int | str] | None = None, device: str = "auto", dtype: str = "auto", **config_fields
+):
     """Model and processor, ready to answer.
 
     Args:

@@ -30,7 +30,7 @@ class Calibration:
 
     ranking: LayerRanking
     text_scores: list[float] | None = None
-    layers: list[int] | None = None
+    layers: list[int | str] | None = None
     cost: Cost | None = None
     costs: list[Cost] = field(default_factory=list)
 

@@ -153,7 +153,7 @@ def _print_ranking(found: "Calibration", label: str):
         table.add_column(column, justify="right")
     for rank, layer in enumerate(ranking.order):
         frozen = () if found.layers is None else ("yes" if layer in found.layers else "",)
-        table.add_row(str(rank + 1), str(layer), *(f"{values[layer]:.4g}" for values in scores.values()), *frozen)
+        table.add_row(str(rank + 1), str(layer), *(f"{values[int(layer)]:.4g}" for values in scores.values()), *frozen)
     Console().print(table)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from ..configuration_shortv import frozen_updates
 from ..data.inputs import feature_mask
 from ..plan import Plan
 from ..upstream import text_model
@@ -16,7 +17,7 @@ TOKENS = ("visual", "text", "all")
 
 
 @contextmanager
-def frozen_tokens(model: Any, layers: Sequence[int], tokens: str = "visual") -> Iterator[Any]:
+def frozen_tokens(model: Any, layers: Sequence[int | str], tokens: str = "visual") -> Iterator[Any]:
     """The model with `tokens` frozen in `layers`, and nothing else, for a while.
 
     "visual" is ShortV (paper Figure 2a). "text" (Figure 2b): text tokens pass through unchanged, visual tokens alone are
@@ -42,7 +43,9 @@ def frozen_tokens(model: Any, layers: Sequence[int], tokens: str = "visual") -> 
                 states = args[0] if args else kwargs["hidden_states"]
                 return (states, *output[1:]) if isinstance(output, tuple) else states
 
-            for layer in (text_model(model.model).layers[i] for i in layers):
+            if tokens == "all" and any(isinstance(each, str) for each in layers):
+                raise ValueError("a layer that is skipped for all tokens has no halves")
+            for layer in (text_model(model.model).layers[i] for i in set.union(set(), *frozen_updates(layers))):
                 if tokens == "all":
                     handle = layer.register_forward_hook(skip, with_kwargs=True)
                 else:

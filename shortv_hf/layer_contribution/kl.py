@@ -32,7 +32,7 @@ class Settings:
         tokens: what the layers freeze, "visual" (ShortV), "text" or "all" ([`freezing.frozen_tokens`]).
     """
 
-    shortv_layers: Sequence[int] = ()
+    shortv_layers: Sequence[int | str] = ()
     visual_reduction: dict | None = None
     tokens: str = "visual"
 

@@ -19,7 +19,7 @@ give it something that can be iterated again, such as `data.Samples`.)
 import hashlib
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,34 +28,37 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..configuration_shortv import PARTS, frozen_updates
 from ..data import outputs
 from ..data.inputs import feature_mask, to_device
 from .freezing import check_model, check_tokens, measuring
 from .kl import check_direction, last_logits
-from .trace import Trace
+from .trace import Trace, layer_of
 
 
 METRICS = ("lc", "greedy", "cosine", "random")
+LAYER = "layer"  # beside the names of its parts
 
 
 @dataclass
 class LayerRanking:
-    """Decoder layers from the most ineffective to the most important, with where the order comes from.
+    """Decoder layers, or halves of them, from the most ineffective to the most important, with where the order comes from.
 
     Attributes:
-        scores: one per layer. "lc": mean KL in nats; "cosine": mean similarity; "random": random numbers; "greedy": the
+        scores: one per layer, or of each entry of `entries`. "lc": mean KL in nats; "cosine": mean similarity; "random": random numbers; "greedy": the
             mean joint KL in nats right after the layer was chosen.
-        order: layer ids, first the one to freeze first. Ascending scores, for "cosine" descending.
+        order: layer ids (or entries), first the one to freeze first. Ascending scores, for "cosine" descending.
         metric, tokens, kl, seed: arguments of [`rank_layers`]. `kl` is `None` for metrics without one.
         sample_scores: `[n_samples][n_layers]`; empty for "random", and for "greedy", whose scores depend on all samples.
         text_tokens, visual_tokens: mean numbers per sample, t and v of the FLOPs equations; `None` for "random".
         model: `name`, `revision`, `architecture`, `dtype` and `num_hidden_layers`.
         data: `name` (what the caller calls it), `samples` and `sha256` of the inputs.
         versions: of the packages that matter.
+        entries: what was ranked, as in `shortv_layers`, where it was not the layers 0, 1, ...
     """
 
     scores: list[float]
-    order: list[int]
+    order: list[int | str]
     metric: str
     tokens: str
     kl: str | None
@@ -66,22 +69,44 @@ class LayerRanking:
     model: dict = field(default_factory=dict)
     data: dict = field(default_factory=dict)
     versions: dict = field(default_factory=dict)
+    entries: list[int | str] | None = None
 
     def __post_init__(self):
-        if sorted(self.order) != list(range(len(self.scores))):
+        ranked = range(len(self.scores)) if self.entries is None else self.entries
+        if sorted(map(str, self.order)) != sorted(map(str, ranked)) or len(ranked) != len(self.scores):
             raise ValueError(f"order {self.order} is not a permutation of the {len(self.scores)} layers with scores")
 
-    def layers(self, num_layers: int) -> list[int]:
-        """The `num_layers` most ineffective layers. Raises `ValueError` if there are not so many."""
-        if not 0 <= num_layers <= len(self.order):
-            raise ValueError(f"cannot freeze {num_layers} layers: the ranking has {len(self.order)}")
-        return self.order[:num_layers]
+    def score(self, entry: int | str) -> float:
+        """Of a layer, or of what else was ranked."""
+        return self.scores[int(entry) if self.entries is None else self.entries.index(entry)]
 
-    def layers_for(self, config: PretrainedConfig, num_layers: int) -> list[int]:
+    @property
+    def num_hidden_layers(self) -> int:
+        return len({layer_of(entry) for entry in self.order})
+
+    def layers(self, num_layers: int) -> list[int | str]:
+        """The `num_layers` most ineffective layers or halves; what is named already, as a layer or by its halves, is passed
+        over. Raises `ValueError` if there are not so many."""
+        chosen: list[int | str] = []
+        attention: set[int] = set()
+        ffn: set[int] = set()
+        for entry in self.order:
+            in_attention, in_ffn = frozen_updates([entry])
+            if not (in_attention & attention or in_ffn & ffn):
+                chosen.append(entry)
+                attention |= in_attention
+                ffn |= in_ffn
+        if not 0 <= num_layers <= len(chosen):
+            raise ValueError(f"cannot freeze {num_layers} layers: the ranking has {len(chosen)}")
+        return chosen[:num_layers]
+
+    def layers_for(self, config: PretrainedConfig, num_layers: int) -> list[int | str]:
         """[`layers`] for a model with this config. Raises `ValueError` if it has another number of layers, too."""
         n_layers = config.get_text_config().num_hidden_layers
-        if n_layers != len(self.order):
-            raise ValueError(f"the ranking is of a model with {len(self.order)} layers; this one has {n_layers}")
+        if n_layers != self.num_hidden_layers:
+            raise ValueError(
+                f"the ranking is of a model with {self.num_hidden_layers} layers; this one has {n_layers}"
+            )
         return self.layers(num_layers)
 
     def check_layers(self, config: PretrainedConfig):
@@ -123,8 +148,10 @@ def rank_layers(
     *,
     data: str | None = None,
     layers_per_batch: int = 4,
+    parts: Sequence[str] = (LAYER,),
 ) -> LayerRanking:
-    """Rank the decoder layers by how little they contribute to `tokens`, the most ineffective first.
+    """Rank the decoder layers by how little they contribute to `tokens`, the most ineffective first; or their updates, by
+    `parts`.
 
     Args:
         model: a ShortV model, or a stock one after `apply_shortv(model, [])`; what it freezes at the moment does not count.
@@ -139,14 +166,19 @@ def rank_layers(
         seed: of "random".
         data: a name for the samples, kept in the ranking.
         layers_per_batch: how many candidate layers share a forward pass. Changes memory and speed only.
+        parts: what is ranked: "layer", "mlp", "self_attn", or several of these in one order; halves by "lc" alone.
 
     Raises:
-        ValueError: for an unknown metric, tokens or kl, a model that is not a ShortV model, no samples, or no visual
+        ValueError: for an unknown metric, tokens, kl or part, a model that is not a ShortV model, no samples, or no visual
             token in any of them.
     """
     check_choices(metric, tokens, kl)
     check_model(model)
+    entries = _entries(parts, model.config.get_text_config().num_hidden_layers)
+    if tuple(parts) != (LAYER,) and (metric != "lc" or tokens == "all"):
+        raise ValueError(f"halves of layers are ranked by lc, of visual or text tokens, not by {metric} of {tokens}")
     ranking: dict[str, Any] = {
+        "entries": None if tuple(parts) == (LAYER,) else entries,
         "metric": metric,
         "tokens": tokens,
         "kl": kl if metric in ("lc", "greedy") else None,
@@ -157,7 +189,7 @@ def rank_layers(
     if metric == "random":
         generator = random.Random(seed)
         scores = [generator.random() for _ in range(model.config.get_text_config().num_hidden_layers)]
-        return LayerRanking(scores=scores, order=_argsort(scores), **ranking)
+        return LayerRanking(scores=scores, order=[entries[i] for i in _argsort(scores)], **ranking)
 
     summary = _DataSummary(data)
     sample_scores = []
@@ -171,11 +203,19 @@ def rank_layers(
                     rows = trace.similarities()
                     rows = rows[:, ~rows.isnan().any(0)]  # rows without such tokens have no similarity
                 else:
-                    rows = trace.divergences(range(trace.n_layers), trace.logits, kl, layers_per_batch)
+                    rows = trace.divergences(entries, trace.logits, kl, layers_per_batch)
             sample_scores += rows.T.tolist()
         scores = torch.tensor(sample_scores, dtype=torch.float64).mean(0).tolist() if sample_scores else []
-        order = _argsort(scores, descending=metric == "cosine")
+        order = [entries[i] for i in _argsort(scores, descending=metric == "cosine")]
     return LayerRanking(scores=scores, order=order, sample_scores=sample_scores, **ranking, **summary.fields(tokens))
+
+
+def _entries(parts: Sequence[str], n_layers: int) -> list[int | str]:
+    """What is ranked, as in `shortv_layers`. Raises `ValueError` for an unknown part, one named twice, or none."""
+    valid = (LAYER, *PARTS)
+    if isinstance(parts, str) or not parts or len(set(parts)) != len(parts) or not set(parts) <= set(valid):
+        raise ValueError(f"parts is {parts!r}; it takes some of {', '.join(valid)}, each once")
+    return [layer if part == LAYER else f"{layer}.{part}" for part in parts for layer in range(n_layers)]
 
 
 def check_choices(metric: str = "lc", tokens: str = "visual", kl: str = "forward"):

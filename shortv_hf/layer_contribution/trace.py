@@ -4,13 +4,15 @@ A frozen pass equals the dense pass up to its frozen layer, so it starts from th
 half the cost of L + 1 passes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..configuration_shortv import frozen_updates
 from ..data.inputs import feature_mask, last_positions
 from ..plan import Plan
 from ..upstream import text_model
@@ -18,8 +20,14 @@ from .freezing import frozen_tokens
 from .kl import divergence
 
 
+def layer_of(entry: int | str) -> int:
+    """The layer that an entry of `shortv_layers` is of."""
+    return int(str(entry).partition(".")[0])
+
+
 class Trace:
-    """One batch through the model with `base` layers frozen, and from there through the model with one more frozen.
+    """One batch through the model with `base` layers frozen, and from there through the model with one more layer, or half
+    of one, frozen.
 
     Keeps the input of every layer, L tensors `[B, S, h]`.
 
@@ -27,8 +35,8 @@ class Trace:
         logits: `[B, V]` float32, of the last position.
     """
 
-    def __init__(self, model: Any, sample: dict, base: list[int], tokens: str):
-        self.model, self.tokens, self.base = model, tokens, frozenset(base)
+    def __init__(self, model: Any, sample: dict, base: Sequence[int | str], tokens: str):
+        self.model, self.tokens, self.base = model, tokens, list(base)
         self.layers = text_model(model.model).layers
         self.n_layers = len(self.layers)
         self.visual_mask = feature_mask(model.config, sample)
@@ -54,54 +62,63 @@ class Trace:
             self.output = _states(output)
             before["next"] = self.output.clone()  # some versions add in place
 
-        with frozen_tokens(model, sorted(self.base), tokens), ExitStack() as stack:
+        with frozen_tokens(model, self.base, tokens), ExitStack() as stack:
             for layer in self.layers:  # behind the hooks that freeze
                 stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
                 stack.callback(layer.register_forward_hook(keep_output).remove)
             model.model(**sample, use_cache=False)
         self.logits = self._head(self.output)
 
-    def divergences(self, candidates: Iterable[int], dense: torch.Tensor, kl: str, batch: int) -> torch.Tensor:
+    def divergences(self, candidates: Iterable[int | str], dense: torch.Tensor, kl: str, batch: int) -> torch.Tensor:
         """KL to `dense` `[B, V]` when each of the candidates is frozen beside the base: `[n_candidates, B]` float64."""
         candidates = list(candidates)
-        logits = {}
+        logits: dict[int | str, torch.Tensor] = {}
         if self.tokens == "visual" and not self.visual_mask.gather(1, self.last[:, None]).any():
             # What the last layer makes of visual tokens is read by nothing: freezing it changes exactly nothing.
-            logits[self.n_layers - 1] = self.logits
-        groups = [layer for layer in candidates if layer not in logits]
+            logits |= {each: self.logits for each in candidates if layer_of(each) == self.n_layers - 1}
+        groups = sorted((each for each in candidates if each not in logits), key=layer_of)
         for start in range(0, len(groups), batch):
             logits.update(self._frozen_logits(groups[start : start + batch]))
-        return torch.stack([divergence(dense, logits[layer], kl) for layer in candidates]).double()
+        return torch.stack([divergence(dense, logits[each], kl) for each in candidates]).double()
 
-    def _frozen_logits(self, candidates: list[int]) -> dict[int, torch.Tensor]:
+    def _frozen_logits(self, candidates: list[int | str]) -> dict[int | str, torch.Tensor]:
         """Logits of each candidate. They join one batch as their layers come; the first candidates of it come first."""
-        joined: list[int] = []
+        joined: list[int | str] = []
         states: torch.Tensor | None = None
-        for index in range(min(candidates), self.n_layers):
+        for index in range(layer_of(candidates[0]), self.n_layers):
+            base = [entry for entry in self.base if layer_of(entry) == index]
             if states is not None:
-                states = self._run(index, states, frozen=index in self.base)
-            if index in candidates:
-                new = self._run(index, self.inputs[index], frozen=True)
-                states = new if states is None else torch.cat([states, new.to(states.device)])
-                joined.append(index)
+                states = self._run(index, states, base)
+            for candidate in candidates:
+                if layer_of(candidate) == index:
+                    new = self._run(index, self.inputs[index], [*base, candidate])
+                    states = new if states is None else torch.cat([states, new.to(states.device)])
+                    joined.append(candidate)
         assert states is not None  # there is a candidate
         return dict(zip(joined, self._head(states).split(len(self.visual_mask)), strict=True))
 
-    def _run(self, index: int, states: torch.Tensor, frozen: bool) -> torch.Tensor:
+    def _run(self, index: int, states: torch.Tensor, frozen: list[int | str]) -> torch.Tensor:
+        """A layer, of which is `frozen` what these entries name."""
         copies = len(states) // len(self.visual_mask)
         if not (frozen and self.tokens == "all"):
             kwargs = {
                 name: _repeat(value, len(self.visual_mask), copies) for name, value in self.kwargs[index].items()
             }
-            states = _states(self.layers[index](states, plan=self._plan(copies) if frozen else None, **kwargs))
+            states = _states(self.layers[index](states, plan=self._plan(copies, frozen), **kwargs))
         added = self.between.get(index)
         return states if added is None else states + added.to(states.device).repeat(copies, 1, 1)
 
-    def _plan(self, copies: int) -> Plan | None:
+    def _plan(self, copies: int, frozen: list[int | str]) -> Plan | None:
+        if not frozen:
+            return None
         if copies not in self.plans:
-            frozen = self.visual_mask if self.tokens == "visual" else ~self.visual_mask
-            self.plans[copies] = Plan.build(range(self.n_layers), frozen.repeat(copies, 1))
-        return self.plans[copies]
+            tokens = self.visual_mask if self.tokens == "visual" else ~self.visual_mask
+            self.plans[copies] = Plan.build((), tokens.repeat(copies, 1))
+        plan = self.plans[copies]
+        if plan is None:
+            return None
+        attention, ffn = frozen_updates(frozen)
+        return replace(plan, attention=attention, ffn=ffn, _shared=plan._shared)
 
     def _head(self, states: torch.Tensor) -> torch.Tensor:
         """Logits of the last positions, `[n, V]` float32."""

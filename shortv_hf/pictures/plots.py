@@ -11,6 +11,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from transformers import PretrainedConfig
 
+from ..configuration_shortv import frozen_text, frozen_updates
 from ..flops.equations import flops_ratio
 
 
@@ -56,7 +57,8 @@ def label_step(n: int, label_width: float, pitch: float) -> int:
 
 
 def draw_frozen_layers(config: PretrainedConfig, output: str | Path, t: int, v: int, title: str | None = None) -> Path:
-    """Draw which tokens every decoder layer computes: one column per layer, text below, visual tokens above.
+    """Draw which tokens every decoder layer computes: one column per layer, text below, visual tokens above, to the left
+    those of its attention, to the right of its FFN.
 
     The areas are to scale in the number of tokens (`t` text, `v` visual); frozen visual tokens are grey. The subtitle
     gives the FLOPs ratio of Eq. 5. The picture is as wide as its columns, subtitle and legend need, at most 2160 pixels;
@@ -65,7 +67,7 @@ def draw_frozen_layers(config: PretrainedConfig, output: str | Path, t: int, v: 
     Args:
         title: default "ShortV on" the base model or, for a model that holds its own weights, "this model".
     """
-    n_layers, frozen = config.get_text_config().num_hidden_layers, set(config.shortv_layers)
+    n_layers, frozen = config.get_text_config().num_hidden_layers, frozen_updates(config.shortv_layers)
     scale = 2  # pixels per unit; drawn large so that it stays sharp
     font, small = ImageFont.load_default(15 * scale), ImageFont.load_default(11 * scale)
     height, margin, square, space = 200 * scale, 20 * scale, 12 * scale, 6 * scale
@@ -73,7 +75,7 @@ def draw_frozen_layers(config: PretrainedConfig, output: str | Path, t: int, v: 
         title = f"ShortV on {short_name(config.base_model_name_or_path or 'this model')}"
     ratio = flops_ratio(t, v, config, shortv_layers=config.shortv_layers)
     subtitle = (
-        f"visual tokens frozen in {len(frozen)} of {n_layers} layers: {ratio:.0%} of the prefill's FLOPs "
+        f"visual tokens frozen in {frozen_text(config.shortv_layers, n_layers)}: {ratio:.0%} of the prefill's FLOPs "
         f"({t} text, {v} visual tokens)"
     )
     legend, legend_width = [], 0  # (x, colour, label)
@@ -101,8 +103,10 @@ def draw_frozen_layers(config: PretrainedConfig, output: str | Path, t: int, v: 
     step = label_step(n_layers, small.getlength(str(n_layers - 1)) + space, pitch)
     for layer in range(n_layers):
         left, right = margin + round(layer * pitch), margin + round((layer + 1) * pitch) - gap
-        visual = FROZEN if layer in frozen else VISUAL
-        draw.rectangle((left, top, right - 1, bottom - text_height - 2 * scale), visual)
+        asks, feeds = (FROZEN if layer in updates else VISUAL for updates in frozen)
+        draw.rectangle((left, top, right - 1, bottom - text_height - 2 * scale), asks)
+        if feeds != asks:
+            draw.rectangle(((left + right) // 2, top, right - 1, bottom - text_height - 2 * scale), feeds)
         draw.rectangle((left, bottom - text_height, right - 1, bottom - 1), TEXT)
         if layer % step == 0:
             draw.text(((left + right) / 2, bottom + 6 * scale), str(layer), INK, small, anchor="ma")

@@ -1,5 +1,6 @@
 """The benchmark on tiny models: what it counts and computes is right, and every method and mode runs. No time is judged."""
 
+import itertools
 import json
 import sys
 import warnings
@@ -234,21 +235,21 @@ def test_live_tensor_bytes():
 
 def test_layer_parts():
     config = make_config().text_config  # h = 32, FFN 48, 4 heads, 2 of K and V
-    parts = layer_parts(3, 5, config, frozen=True, batch=2, value_bytes=4)
+    parts = layer_parts(3, 5, config, attention_frozen=True, ffn_frozen=True, batch=2, value_bytes=4)
     assert parts == [
         (2 * 2 * 3 * 2 * 32 * 32, 4 * 2 * 32 * 32),
         (2 * 2 * 8 * 2 * 32 * 16, 4 * 2 * 32 * 16),
         (2 * 2 * 3 * 3 * 32 * 48, 4 * 3 * 32 * 48),
         (4 * 2 * 3 * 8 * 32, 4 * 2 * 2 * 8 * 16),
     ]
-    for frozen in (False, True):
-        flops = sum(part[0] for part in layer_parts(3, 5, config, frozen=frozen))
-        assert flops == layer_flops(3, 5, config, frozen=frozen)
+    for attention, ffn in itertools.product((False, True), repeat=2):
+        frozen = {"attention_frozen": attention, "ffn_frozen": ffn}
+        assert sum(part[0] for part in layer_parts(3, 5, config, **frozen)) == layer_flops(3, 5, config, **frozen)
 
 
 def test_roofline():
     config = make_config().text_config
-    layers = [(5, False), (5, True)]
+    layers = [(5, False, False), (5, True, True)]
     arithmetic = prefill_seconds(layers, 3, config, Peak(1e6, 1e30, "given"))
     assert arithmetic == pytest.approx((layer_flops(3, 5, config) + layer_flops(3, 5, config, frozen=True)) / 1e6)
     weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48)
@@ -256,7 +257,7 @@ def test_roofline():
     memory = prefill_seconds(layers, 3, config, Peak(1e30, 1e6, "given"))
     assert memory == pytest.approx(2 * (weights + keys_and_values) / 1e6)
     # 6 FLOPs per byte: 3 text tokens (3 FLOPs per byte) wait for the weights, 8 tokens (8 per byte) do not
-    mixed = prefill_seconds([(5, True)], 3, config, Peak(6e6, 1e6, "given"))
+    mixed = prefill_seconds([(5, True, True)], 3, config, Peak(6e6, 1e6, "given"))
     assert mixed == pytest.approx((2 * 2 * 32 * 32 + 2 * 3 * 32 * 48) / 1e6 + (4 * 8 * 32 * 16 + 4 * 3 * 8 * 32) / 6e6)
 
 
@@ -276,11 +277,16 @@ def test_device_peak(monkeypatch):
 
 def test_methods_per_layer():
     config = make_config()  # of 4 layers, 16 visual tokens in an image
-    assert Method("stock", None).per_layer(9, config) == [(9, False)] * 4
-    assert Method("both", (2, 0), FASTV).per_layer(9, config) == [(9, True), (9, False), (4, True), (4, False)]
-    assert Method("vtw", (), {"method": "vtw", "k": 1}).per_layer(9, config) == [(9, False)] + 3 * [(0, False)]
+    dense, frozen = (False, False), (True, True)
+    assert Method("stock", None).per_layer(9, config) == [(9, *dense)] * 4
+    both = Method("both", (2, 0), FASTV).per_layer(9, config)
+    assert both == [(9, *frozen), (9, *dense), (4, *frozen), (4, *dense)]
+    halves = Method("halves", ("1.mlp", "2.self_attn")).per_layer(9, config)
+    assert halves == [(9, *dense), (9, False, True), (9, True, False), (9, *dense)]
+    vtw = Method("vtw", (), {"method": "vtw", "k": 2}).per_layer(9, config)
+    assert vtw == [(9, *dense), (9, *frozen), (0, *dense), (0, *dense)]  # nobody reads what the second makes of them
     chosen = Method("random", (1,), {"method": "random", "token_num": 3})
-    assert chosen.per_layer(32, config) == [(6, False), (6, True), (6, False), (6, False)]
+    assert chosen.per_layer(32, config) == [(6, *dense), (6, *frozen), (6, *dense), (6, *dense)]
     with pytest.raises(ValueError, match="depends on the image"):
         Method("prumerge", (), {"method": "prumerge"}).per_layer(32, config)
     for images in (1, 2):  # 8 newlines in each; two images have as many tokens as 11 tiles

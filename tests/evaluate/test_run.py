@@ -228,7 +228,7 @@ def test_what_cannot_be_scored_here_is_said_before_the_run(options, monkeypatch)
         ({"methods": ("fastv:k=99",)}, "k is 99"),
         ({"device": "cuda:7"}, "device 'cuda:7' cannot be used"),
         ({"fps": -1.0}, "--fps is -1.0"),
-        ({"layers": (12,)}, "--layers names 12; the valid range is 0 to 11"),
+        ({"layers": (12,)}, "shortv_layers holds 12, which is out of range; valid layer ids are the integers 0 to 11"),
         ({"include_path": options.output / "none"}, "there is no such folder"),
     ):
         with pytest.raises(ValueError, match=message):

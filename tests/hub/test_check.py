@@ -33,7 +33,9 @@ def test_a_built_repo_is_in_order(repo):
     checks = check_files(repo)
     assert not problems(repo)
     assert [check.name for check in checks] == ["config", "base", "code files", "imports", "other code"]
-    assert "shortv_llava, layers [3, 1] of 4 frozen" in str(checks[0]) and "org/base at 0123456789" in str(checks[1])
+    assert "shortv_llava, 2 of 4 layers frozen: [3, 1]" in str(checks[0]) and "org/base at 0123456789" in str(
+        checks[1]
+    )
 
 
 @pytest.mark.parametrize(

@@ -492,3 +492,58 @@ def test_bad_input(model, batch):
         rank_layers(model, [{"inputs_embeds": torch.zeros(1, 3, 32)}])
     with pytest.raises(ValueError, match="not a permutation"):
         LayerRanking([0.0, 1.0], [0, 0], "lc", "visual", "forward", 0)
+
+
+class TestHalves:
+    """Layer Contribution of what each half of a layer does to visual tokens."""
+
+    PARTS = ("layer", "mlp", "self_attn")
+
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def ranked():
+        model = make_model()
+        samples = [make_inputs(model, ["ttItt", "tttttI"][:1], seed=i) for i in range(2)]
+        return model, samples, rank_layers(model, samples, parts=TestHalves.PARTS, layers_per_batch=3)
+
+    def test_scores_are_those_of_single_passes(self, ranked):
+        model, samples, ranking = ranked
+        entries = [*range(4), *(f"{i}.{part}" for part in self.PARTS[1:] for i in range(4))]
+        assert ranking.entries == entries and len(ranking.scores) == 12
+        expected = kl_to_dense(model, samples, [Settings([entry]) for entry in entries]).mean(1)
+        for entry, value in zip(entries, expected.tolist(), strict=True):
+            assert ranking.score(entry) == pytest.approx(value, rel=1e-3, abs=1e-7), entry
+        assert [ranking.score(entry) for entry in (3, "3.mlp", "3.self_attn")] == [0, 0, 0]
+        assert [ranking.score(entry) for entry in ranking.order] == sorted(ranking.scores)
+        whole = rank_layers(model, samples)
+        assert ranking.scores[:4] == pytest.approx(whole.scores, rel=1e-4, abs=1e-8) and whole.entries is None
+
+    def test_what_is_named_already_is_passed_over(self, ranked, tmp_path):
+        model, _, ranking = ranked
+        ranking.save(tmp_path / "lc.json")
+        loaded = LayerRanking.load(tmp_path / "lc.json")
+        assert loaded == ranking and loaded.num_hidden_layers == 4
+        for n in range(1, 5):
+            loaded.apply(model, n)
+            assert model.config.shortv_layers == ranking.layers(n)  # and the config takes them
+        model.set_shortv_layers([])
+        order = ["1.mlp", 1, 0, "0.mlp", "1.self_attn", "0.self_attn"]
+        some = LayerRanking([0.0] * 6, order, "lc", "visual", "forward", 0, entries=order)
+        assert some.layers(3) == ["1.mlp", 0, "1.self_attn"]
+        with pytest.raises(ValueError, match="the ranking has 3"):
+            some.layers(4)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"parts": ("ffn",)}, "parts is .*ffn.*layer, self_attn, mlp"),
+            ({"parts": ()}, "parts is"),
+            ({"parts": "mlp"}, "parts is"),
+            ({"parts": ("mlp",), "metric": "greedy"}, "not by greedy of visual"),
+            ({"parts": ("mlp",), "tokens": "all"}, "not by lc of all"),
+        ],
+    )
+    def test_what_cannot_be_ranked(self, ranked, options, message):
+        model, samples, _ = ranked
+        with pytest.raises(ValueError, match=message):
+            rank_layers(model, samples, **options)
