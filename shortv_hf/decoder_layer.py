@@ -96,9 +96,8 @@ class ShortVDecoderLayerMixin(_Layer):
         asked, with_plan = normed, {}
         if attending is not None:
             asked, with_plan = attending.select(normed), {"plan": FrozenRows(plan, attending, normed)}
-        new, weights = self.self_attn(hidden_states=asked, **attention_arguments(self.self_attn, kwargs), **with_plan)[
-            :2
-        ]
+        arguments = {**attention_arguments(self.self_attn, kwargs), **with_plan}
+        new, weights = self.self_attn(hidden_states=asked, **arguments)
         hidden_states = _add(hidden_states, attending, lambda states: after_attention(new))
         hidden_states = _add(hidden_states, feeding, lambda states: after_ffn(self.mlp(before_ffn(states))))
         if not self.returns_tuple:

@@ -52,7 +52,7 @@ ALL = DECODER + SELECTING + MERGING + ILLAVA
 NEXT = DECODER + SELECTING + [ILLAVA[0], ILLAVA[2]]
 ROWS = ["ttttt", "Itttt", "ttItttItt", "tttI"]
 TOLERANCE = {"atol": 1e-4, "rtol": 1e-4}
-LAYERS = [[], [0, 2, 3], [1]]
+LAYERS = [[], [0, 2, 3], [1], [1, "0.mlp", "2.self_attn"]]
 TEXTS = ["llama", "mistral_sliding", "qwen2_sliding"]
 
 
