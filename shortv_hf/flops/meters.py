@@ -18,6 +18,11 @@ from ..upstream import CACHE, find_cache, text_model
 
 
 DECODING_STEPS = 4  # per repetition
+# Not every torch version's counter knows the CPU's kernel, or keys with fewer heads than queries in those of CUDA.
+FUSED_ATTENTION = [
+    f"_scaled_dot_product_{kernel}_attention{end}"
+    for kernel, end in (("flash", "_for_cpu"), ("flash", ""), ("efficient", ""), ("cudnn", ""))
+]
 VISION = ("vision_tower", "visual", "multi_modal_projector")  # parts of models, in the order in which they run
 
 
@@ -154,7 +159,7 @@ def language_model_flops(model, inputs: dict) -> int:
 def _flop_counter() -> FlopCounterMode:
     return FlopCounterMode(
         display=False,
-        custom_mapping={torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention_flops},
+        custom_mapping={getattr(torch.ops.aten, name): _fused_attention_flops for name in FUSED_ATTENTION},
     )
 
 
@@ -165,7 +170,7 @@ def _of_the_language_model(counter: FlopCounterMode, model) -> int:
 
 
 def _fused_attention_flops(query: tuple, key: tuple, *args, **kwargs) -> int:
-    """Of the CPU's kernel, which not every torch version's counter knows; shapes `[B, heads, tokens, head_dim]`."""
+    """Shapes `[B, heads, tokens, head_dim]`; keys may have fewer heads than queries."""
     batch, heads, queries, head_dim = query
     return 4 * batch * heads * queries * key[2] * head_dim
 

@@ -6,7 +6,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 
 from shortv_hf import ShortVLlavaConfig
 from shortv_hf.benchmark.subjects import build_models, make_inputs
-from shortv_hf.flops.meters import LiveTensorBytes, profile_prefill
+from shortv_hf.flops.meters import FUSED_ATTENTION, LiveTensorBytes, _flop_counter, profile_prefill
 
 
 pytestmark = pytest.mark.once
@@ -39,6 +39,17 @@ def profile(models, layers=(), options=None):
     shortv.set_visual_reduction(options)
     found = profile_prefill(shortv, make_inputs(stock, T, 1, 1))
     return found["peak_memory_bytes"], found["largest_tensor_bytes"] / (T + V) ** 2
+
+
+@pytest.mark.parametrize("kernel", FUSED_ATTENTION)
+@pytest.mark.parametrize("key_heads", [8, 2])
+def test_every_kernel_of_attention_is_counted(kernel, key_heads):
+    """By shapes alone, so those of CUDA too, with keys of as many heads as queries and of fewer."""
+    query, key = (torch.empty(3, heads, tokens, 16, device="meta") for heads, tokens in ((8, 5), (key_heads, 24)))
+    more = {"efficient": (None, False), "cudnn": (None, False)}.get(kernel.split("_")[4], ())
+    with _flop_counter() as counter:
+        getattr(torch.ops.aten, kernel)(query, key, key, *more)
+    assert counter.get_total_flops() == 4 * 3 * 8 * 5 * 24 * 16
 
 
 def test_live_bytes():
