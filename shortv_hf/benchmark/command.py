@@ -14,8 +14,8 @@ def bench(
     models: Annotated[
         list[str] | None,
         typer.Option(
-            help="cpu-small, llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, or ShortV repos of any family, of "
-            "which the configs alone are read; separated by commas.",
+            help="cpu-small, llava-1.5-7b, llava-1.5-13b, llava-next-7b, llava-next-13b, qwen2.5-vl-7b, onevision-0.5b, or "
+            "ShortV repos of any family, of which the configs alone are read; separated by commas.",
             show_default="cpu-small",
         ),
     ] = None,

@@ -16,7 +16,13 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from ..configuration_shortv import SHORTV_FIELDS, ShortVLlavaConfig, ShortVLlavaOnevisionConfig, frozen_updates
+from ..configuration_shortv import (
+    SHORTV_FIELDS,
+    ShortVLlavaConfig,
+    ShortVLlavaOnevisionConfig,
+    ShortVQwen2_5_VLConfig,
+    frozen_updates,
+)
 from ..flops.equations import frozen_updates_in, visual_tokens_by_layer
 from ..hub.loading import model_classes
 from ..hub.paper import PAPER_MODELS
@@ -102,6 +108,22 @@ def onevision() -> Subject:
     return Subject(config, swept=(6, 12), vtw_layer=12)
 
 
+def qwen2_5_vl() -> Subject:
+    """Qwen2.5-VL-7B; the last half of its layers are frozen, since nobody has ranked them."""
+    text = {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "rms_norm_eps": 1e-6, "rope_theta": 1e6,
+        "rope_scaling": {"rope_type": "default", "mrope_section": [16, 24, 24]},
+    }  # fmt: skip
+    vision = {
+        "depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": 3584,
+        "patch_size": 14, "spatial_merge_size": 2, "temporal_patch_size": 2, "window_size": 112,
+        "fullatt_block_indexes": [7, 15, 23, 31],
+    }  # fmt: skip
+    fields: dict[str, Any] = {"text_config": text, "vision_config": vision, "shortv_layers": range(27, 13, -1)}
+    return Subject(ShortVQwen2_5_VLConfig(**fields), swept=(7, 14), vtw_layer=14)
+
+
 def of_the_paper(name: str) -> Subject:
     """One of the paper's models."""
     model = PAPER_MODELS[name]
@@ -111,6 +133,7 @@ def of_the_paper(name: str) -> Subject:
 SUBJECTS: dict[str, Callable[[], Subject]] = {
     "cpu-small": cpu_small,
     "onevision-0.5b": onevision,
+    "qwen2.5-vl-7b": qwen2_5_vl,
     **{name: partial(of_the_paper, name) for name in PAPER_MODELS},
 }
 

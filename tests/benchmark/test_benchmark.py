@@ -346,6 +346,13 @@ def test_methods_that_work_on_images(subjects, tmp_path, family):
             assert row["language_model_flops"] == pytest.approx(counted, rel=0.01)
 
 
+@pytest.mark.parametrize(("name", "bytes_"), [("llava-1.5-7b", 14126854144), ("qwen2.5-vl-7b", 16584333312)])
+def test_sizes_are_those_of_the_checkpoint(name, bytes_):
+    """The `total_size` of the original's `model.safetensors.index.json`, whose weights have 16 bits."""
+    stock, _ = build_models(SUBJECTS[name]().config, torch.device("meta"), torch.bfloat16)
+    assert sum(parameter.nbytes for parameter in stock.parameters()) == bytes_
+
+
 @pytest.mark.parametrize("name", PAPER_MODELS)
 def test_models_of_the_paper(name):
     subject, model = SUBJECTS[name](), PAPER_MODELS[name]
