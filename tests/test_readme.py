@@ -4,6 +4,7 @@ Blocks of a README run in order, in one folder and one namespace, with a tiny mo
 commands, what needs a server, a GPU, the Hub or hours is parsed. A block or command of an unknown kind fails.
 """
 
+import json
 import re
 import shlex
 import sys
@@ -276,6 +277,39 @@ def test_files_that_are_named_are_there(readme):
         assert (ROOT / name).is_file(), name
     for name in re.findall(r"(?<!/)\btest_\w+\.py", text):
         assert (ROOT / "tests" / name).is_file(), name
+
+
+def measured_on_a_gpu(readme: str) -> list[list[str]]:
+    """Cells of the rows whose first one links a report of the H200."""
+    lines = (ROOT / readme).read_text(encoding="utf-8").splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if re.match(r"\| \[[^]]+\]\([\w/]*h200-", line)]
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("readme", ["README.md", "scripts/results/README.md"])
+def test_figures_of_the_gpu_are_those_of_the_reports(readme):
+    rows = [cells for cells in measured_on_a_gpu(readme) if len(cells) == 9]
+    assert len(rows) >= 4
+    for cells in rows:
+        link, frozen, batch, v, *figures = cells
+        report = json.loads((ROOT / readme).parent.joinpath(re.search(r"\((.*)\.md\)", link)[1] + ".json").read_text())
+        mode = "compiled" if link.endswith(", compiled") else "eager"
+        layers = re.fullmatch(r"(\d+) of \d+", frozen)
+        found = {row["method"]: row for row in report["results"] if (row["batch"], row["mode"]) == (int(batch), mode)}
+        row, stock = found[f"ShortV N={layers[1]}" if layers else frozen], found["stock"]
+        before, after = (1000 * each["prefill"]["median_s"] for each in (stock, row))
+        expected = [
+            f"{row['prefill']['speed_up']:.2f}× ({in_ms(before)} → {in_ms(after)} ms)",
+            f"{row['language_model']['bound']:.2f}×",
+            f"{row['time_to_first_token']['speed_up']:.2f}×",
+            f"{row['output_token']['speed_up']:.2f}×" if "output_token" in row else "–",
+            f"{100 * row['peak_memory_bytes'] / stock['peak_memory_bytes']:.0f} %",
+        ]
+        assert (int(v), figures) == (row["visual_tokens"], expected), link
+
+
+def in_ms(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}"
 
 
 @pytest.mark.once
