@@ -2,6 +2,7 @@
 
 import codecs
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,3 +62,25 @@ def read_objects(file: Path, example: str) -> Iterator[tuple[str, dict]]:
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         yield where, row
+
+
+def append_object(file: Path, row: dict):
+    """Writes a line to the disk, and waits until it is there."""
+    with open(file, "a", encoding="utf-8") as opened:
+        opened.write(json.dumps(row, ensure_ascii=False) + "\n")
+        opened.flush()
+        os.fsync(opened.fileno())
+
+
+def read_appended(file: Path) -> list[dict]:
+    """What [`append_object`] has written; of a line that a break left half-written, nothing."""
+    lines = file.read_bytes().split(b"\n")
+    return [json.loads(line) for line in lines[:-1]]  # after the last line's end there is nothing, or half a line
+
+
+def drop_half_a_line(file: Path):
+    """Cuts off what follows the last line's end, so that the next line can be appended."""
+    content = file.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(file, whole)

@@ -4,12 +4,11 @@ A line of the file is a batch: its answers, and the figures that they add. What 
 line, and is dropped.
 """
 
-import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
+from ..data.jsonl import append_object, drop_half_a_line, read_appended
 from .figures import Figures
 
 
@@ -34,34 +33,18 @@ class Journal:
         self.answers: dict[str, Answer] = {}
         self.figures = Figures()  # of what this process has written in earlier runs
         for file in sorted(path.parent.glob(f"{_escaped(path.name)}.*.jsonl")):
-            for batch in _read(file):
+            for batch in read_appended(file):
                 self.answers |= {key: Answer(*answer) for key, answer in batch["answers"].items()}
                 if file == self.file:
                     self.figures += Figures(**batch["figures"])
         if self.file.exists():
-            _drop_half_a_line(self.file)
+            drop_half_a_line(self.file)
 
     def add(self, answers: dict[str, Answer], figures: Figures):
         """Writes a batch to the disk."""
         self.answers |= answers
-        line = json.dumps({"answers": answers, "figures": asdict(figures)}, ensure_ascii=False)
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_object(self.file, {"answers": answers, "figures": asdict(figures)})
 
 
 def _escaped(name: str) -> str:
     return name.replace("[", "[[]")
-
-
-def _read(file: Path) -> list[dict]:
-    lines = file.read_bytes().split(b"\n")
-    return [json.loads(line) for line in lines[:-1]]  # after the last line's end there is nothing, or half a line
-
-
-def _drop_half_a_line(file: Path):
-    content = file.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(file, whole)

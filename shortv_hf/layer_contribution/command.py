@@ -65,7 +65,7 @@ def lc(
 
     Vision-language models without a ShortV class are ranked too, with `apply_shortv`.
     """
-    from ..data import outputs, sources
+    from ..data import outputs, processes, sources
     from ..hub import build, loading
     from ..pictures import plots
     from .budget import Budget
@@ -92,11 +92,14 @@ def lc(
         budget.check(config, metric)
     if output is None:
         output = Path(f"lc-{Path(model).resolve().name}-{metric}")
-    outputs.check_folder(output, overwrite)
+    first = processes.rank() == 0  # which prints and writes; others take their share of the samples
+    if first:
+        outputs.check_folder(output, overwrite)
     if save_model is not None:
         if output.resolve().is_relative_to(save_model.resolve()):
             raise ValueError(f"--output {output} is inside --save-model {save_model}; name two folders")
-        outputs.check_folder(save_model, overwrite)
+        if first:
+            outputs.check_folder(save_model, overwrite)
         build.check_output_dir(save_model, overwrite=overwrite)
 
     def save(found: "Calibration"):
@@ -105,8 +108,9 @@ def lc(
         with outputs.whole_file(output / "layer_scores.png") as plot:
             plots.plot_ranking(found.ranking, plot, found.text_scores)
 
-    if any(name.startswith(sources.TASK) for name in sources.split_sources(data)):
+    if first and any(name.startswith(sources.TASK) for name in sources.split_sources(data)):
         print(NOTE_ON_TASKS, file=sys.stderr)
+    device = processes.own_device(device)
     loaded, processor = (loading.load if has_class else loading.load_stock)(model, device=device, dtype=dtype)
     found = calibrate(
         loaded,
@@ -117,8 +121,10 @@ def lc(
         seed=seed,
         data=f"{','.join(map(plots.short_name, sources.split_sources(data)))}, {samples} each, seed {seed}",  # no paths
         text=text,
-        on_scores=save,
+        on_scores=save if first else None,
     )
+    if not first:
+        return
     _print_ranking(found, plots.SCORES[metric])
     print(f"{output}: ranking.json, layer_scores.png")
     _print_choice(found)

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..data import processes
 from ..data.inputs import feature_mask, last_positions, to_device
 from .freezing import check_model, check_tokens, frozen_tokens, measuring
 
@@ -55,7 +56,8 @@ def kl_to_dense(
     dense: Settings = DENSE,
     description: str = "KL from the dense model",
 ) -> torch.Tensor:
-    """Divergence of each of the `settings` from the dense model on each sample, with one dense pass per sample.
+    """Divergence of each of the `settings` from the dense model on each sample, with one dense pass per sample. Of several
+    processes (`data/processes.py`) each takes a share of the samples, and all have the result.
 
     Args:
         model: a ShortV model, or a stock one after `apply_shortv(model, [])`; what it is set to does not count.
@@ -76,19 +78,21 @@ def kl_to_dense(
     for each in settings:
         each.check()
     check_model(model)
-    columns = []
-    for sample in logging.tqdm(samples, desc=description):
+    own = []
+    for number, sample in processes.share(logging.tqdm(samples, desc=description)):
         with measuring(model):
             sample = to_device(model, sample)
-            target = _logits(model, sample, dense)
-            rows = [divergence(target, _logits(model, sample, each), kl) for each in settings]
-            columns.append(torch.stack(rows).double().cpu() if rows else torch.empty(0, len(target)))
+            target = logits_with(model, sample, dense)
+            rows = [divergence(target, logits_with(model, sample, each), kl) for each in settings]
+            own.append((number, torch.stack(rows).double().cpu() if rows else torch.empty(0, len(target))))
+    columns = [column for _, column in sorted(processes.gather(own), key=lambda pair: pair[0])]
     if not columns:
         raise ValueError("no samples: the KL needs at least one")
     return torch.cat(columns, dim=1)
 
 
-def _logits(model: Any, sample: dict, settings: Settings) -> torch.Tensor:
+def logits_with(model: Any, sample: dict, settings: Settings) -> torch.Tensor:
+    """[`last_logits`] of a model that is set so for this pass."""
     with (
         model.using(visual_reduction=settings.visual_reduction),
         frozen_tokens(model, list(settings.shortv_layers), settings.tokens),

@@ -12,11 +12,13 @@ in nats, at the last position of the prompt, averaged over samples. Layers with 
     ranking.apply(model, 19)              # freeze visual tokens in the 19 most ineffective layers
     ranking.save("ranking.json")
 
-Samples are looked at one after another; nothing but their scores is kept. (Greedy ranking goes through them L + 1 times:
+Samples are looked at one after another; nothing but their scores is kept. Of several processes (`data/processes.py`) each
+takes a share of them, and all have the ranking. (Greedy ranking goes through them many times:
 give it something that can be iterated again, such as `data.Samples`.)
 """
 
 import hashlib
+import heapq
 import json
 import random
 from collections.abc import Iterable, Sequence
@@ -29,10 +31,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..configuration_shortv import PARTS, frozen_updates
-from ..data import outputs
+from ..data import outputs, processes
 from ..data.inputs import feature_mask, to_device
 from .freezing import check_model, check_tokens, measuring
-from .kl import check_direction, last_logits
+from .kl import Settings, check_direction, divergence, logits_with
 from .trace import Trace, layer_of
 
 
@@ -159,7 +161,7 @@ def rank_layers(
             images allowed (they count as 0 in "lc" and not at all in "cosine"), padding on either side. Every row of a
             batch is a sample. Not needed for "random".
         metric: "lc" (paper Section 2.2); "greedy" (ours: each next layer is the one whose joint freezing with those
-            chosen before costs least KL; about L/2 times the cost of "lc"); "cosine" (Table 6: mean cosine similarity
+            chosen before costs least KL, tried lazily; a few times the cost of "lc"); "cosine" (Table 6: mean cosine similarity
             between a layer's input and output); "random" (seeded).
         tokens: whose updates are frozen or compared: "visual", "text" or "all" (paper Figure 2, Table 7).
         kl: "forward" (paper) or "reverse" (released code).
@@ -174,7 +176,7 @@ def rank_layers(
     """
     check_choices(metric, tokens, kl)
     check_model(model)
-    entries = _entries(parts, model.config.get_text_config().num_hidden_layers)
+    entries = entries_of(parts, model.config.get_text_config().num_hidden_layers)
     if tuple(parts) != (LAYER,) and (metric != "lc" or tokens == "all"):
         raise ValueError(f"halves of layers are ranked by lc, of visual or text tokens, not by {metric} of {tokens}")
     ranking: dict[str, Any] = {
@@ -183,7 +185,7 @@ def rank_layers(
         "tokens": tokens,
         "kl": kl if metric in ("lc", "greedy") else None,
         "seed": seed,
-        "model": _describe_model(model),
+        "model": describe_model(model),
         "versions": outputs.versions(),
     }
     if metric == "random":
@@ -191,26 +193,34 @@ def rank_layers(
         scores = [generator.random() for _ in range(model.config.get_text_config().num_hidden_layers)]
         return LayerRanking(scores=scores, order=[entries[i] for i in _argsort(scores)], **ranking)
 
-    summary = _DataSummary(data)
-    sample_scores = []
+    summary = DataSummary(data)
+    sample_scores: list[list[float]] = []
     if metric == "greedy":
         scores, order = _rank_greedily(model, summary, samples, tokens, kl, layers_per_batch)
     else:
-        for sample in logging.tqdm(() if samples is None else samples, desc=f"{metric}, {tokens} tokens"):
+        own = []
+        for number, sample in enumerate(
+            logging.tqdm(() if samples is None else samples, desc=f"{metric}, {tokens} tokens")
+        ):
             with measuring(model):
-                trace = Trace(model, summary.add(model, sample), [], tokens)
+                sample = summary.add(model, sample)
+                if number % processes.size() != processes.rank():
+                    continue
+                trace = Trace(model, sample, [], tokens)
                 if metric == "cosine":
                     rows = trace.similarities()
                     rows = rows[:, ~rows.isnan().any(0)]  # rows without such tokens have no similarity
                 else:
                     rows = trace.divergences(entries, trace.logits, kl, layers_per_batch)
-            sample_scores += rows.T.tolist()
+            own.append((number, rows.T.tolist()))
+        for _, of_sample in sorted(processes.gather(own)):
+            sample_scores += of_sample
         scores = torch.tensor(sample_scores, dtype=torch.float64).mean(0).tolist() if sample_scores else []
         order = [entries[i] for i in _argsort(scores, descending=metric == "cosine")]
     return LayerRanking(scores=scores, order=order, sample_scores=sample_scores, **ranking, **summary.fields(tokens))
 
 
-def _entries(parts: Sequence[str], n_layers: int) -> list[int | str]:
+def entries_of(parts: Sequence[str], n_layers: int) -> list[int | str]:
     """What is ranked, as in `shortv_layers`. Raises `ValueError` for an unknown part, one named twice, or none."""
     valid = (LAYER, *PARTS)
     if isinstance(parts, str) or not parts or len(set(parts)) != len(parts) or not set(parts) <= set(valid):
@@ -227,26 +237,52 @@ def check_choices(metric: str = "lc", tokens: str = "visual", kl: str = "forward
 
 
 def _rank_greedily(model, summary, samples, tokens, kl, layers_per_batch):
-    """Scores and order: layer by layer, the one whose freezing beside those chosen before costs least joint KL."""
+    """Scores and order: layer by layer, the one whose freezing beside those chosen before costs least joint KL.
+
+    Lazily: what a layer adds to the joint KL seldom shrinks as others are frozen, so what it added when it was last tried is
+    taken for the least that it can add now. The layer that promises least is tried again, until the one on top has just been.
+    A pass tries one layer; of the first round, all in resumed passes, as "lc" does.
+    """
+    samples = () if samples is None else samples if hasattr(samples, "__len__") else list(samples)
     with measuring(model):
-        samples = () if samples is None else samples if hasattr(samples, "__len__") else list(samples)
-        dense = [last_logits(model, summary.add(model, sample)).cpu() for sample in samples]
+        dense, rows = [], []
+        for number, sample in enumerate(logging.tqdm(samples, desc=f"each alone, {tokens} tokens")):
+            sample = summary.add(model, sample)
+            if number % processes.size() == processes.rank():
+                trace = Trace(model, sample, [], tokens)
+                rows.append(trace.divergences(range(trace.n_layers), trace.logits, kl, layers_per_batch).sum(1).cpu())
+                dense.append(trace.logits.cpu())
+        rows = processes.gather(rows)
+        if not rows:
+            return [], []
+        alone = (torch.stack(rows).sum(0) / summary.rows).tolist()
+        heap = [
+            (added, layer, 0) for layer, added in enumerate(alone)
+        ]  # the last: how many were frozen when it was tried
+        heapq.heapify(heap)
         scores: dict[int, float] = {}
         order: list[int] = []
-        left = list(range(model.config.get_text_config().num_hidden_layers))
-        for _ in logging.tqdm(range(len(left)), desc=f"greedy, {tokens} tokens"):
-            totals = torch.zeros(len(left), dtype=torch.float64)
-            for sample, target in zip(samples, dense, strict=True):
-                trace = Trace(model, to_device(model, sample), order, tokens)
-                totals += trace.divergences(left, target.to(trace.logits.device), kl, layers_per_batch).sum(1).cpu()
-            best = int(totals.argmin())
-            scores[left[best]] = float(totals[best] / max(1, summary.rows))
-            order.append(left.pop(best))
+        joint = 0.0
+        bar = logging.tqdm(total=len(heap), desc=f"greedy, {tokens} tokens")
+        while heap:
+            added, layer, tried = heapq.heappop(heap)
+            if tried == len(order):
+                joint += added
+                order.append(layer)
+                scores[layer] = joint
+                bar.update()
+                continue
+            settings, total = Settings((*order, layer), tokens=tokens), 0.0
+            for (_, sample), target in zip(processes.share(samples), dense, strict=True):
+                logits = logits_with(model, to_device(model, sample), settings)
+                total += float(divergence(target.to(logits.device), logits, kl).double().sum())
+            heapq.heappush(heap, (sum(processes.gather([total])) / summary.rows - joint, layer, len(order)))
+        bar.close()
     return [scores[layer] for layer in sorted(scores)], order
 
 
-class _DataSummary:
-    """What is kept of the samples: how many, how long, and a hash."""
+class DataSummary:
+    """What is kept of the samples: how many rows, how many text and visual tokens, and a hash of the inputs."""
 
     def __init__(self, name: str | None):
         self.name, self.rows, self.text, self.visual, self.hash = name, 0, 0, 0, hashlib.sha256()
@@ -268,6 +304,7 @@ class _DataSummary:
         return sample
 
     def fields(self, tokens: str) -> dict:
+        """As a [`LayerRanking`] has them. Raises `ValueError` without samples, or visual tokens where these are meant."""
         if self.rows == 0:
             raise ValueError("no samples: the ranking needs at least one")
         if tokens == "visual" and self.visual == 0:
@@ -279,7 +316,8 @@ class _DataSummary:
         }
 
 
-def _describe_model(model: PreTrainedModel) -> dict:
+def describe_model(model: PreTrainedModel) -> dict:
+    """Which checkpoint a model is, without paths of this machine."""
     config = model.config
     base = getattr(config, "base_model_name_or_path", None)  # stock configs have no such field
     own = base is None

@@ -15,6 +15,7 @@ from torch import nn
 from ..configuration_shortv import frozen_updates
 from ..data.inputs import feature_mask, last_positions
 from ..plan import Plan
+from ..reduction_vtw import VTW
 from ..upstream import text_model
 from .freezing import frozen_tokens
 from .kl import divergence
@@ -46,6 +47,7 @@ class Trace:
         self.kwargs: list[dict[str, Any]] = []
         self.plans: dict[int, Plan | None] = {}
         self.output: torch.Tensor  # of the last layer
+        self.text_kwargs: dict[str, Any] = {}  # what the text model was called with
         before: dict[str, torch.Tensor] = {}
         # What the model adds behind a layer (Qwen3-VL: features to visual tokens).
         self.between: dict[int, torch.Tensor] = {}
@@ -62,7 +64,12 @@ class Trace:
             self.output = _states(output)
             before["next"] = self.output.clone()  # some versions add in place
 
+        def keep_arguments(module, args, kwargs):
+            self.text_kwargs = {name: value for name, value in kwargs.items() if name != "plan"}
+
         with frozen_tokens(model, self.base, tokens), ExitStack() as stack:
+            text = text_model(model.model)
+            stack.callback(text.register_forward_pre_hook(keep_arguments, with_kwargs=True).remove)
             for layer in self.layers:  # behind the hooks that freeze
                 stack.callback(layer.register_forward_pre_hook(keep, with_kwargs=True).remove)
                 stack.callback(layer.register_forward_hook(keep_output).remove)
@@ -80,6 +87,19 @@ class Trace:
         for start in range(0, len(groups), batch):
             logits.update(self._frozen_logits(groups[start : start + batch]))
         return torch.stack([divergence(dense, logits[each], kl) for each in candidates]).double()
+
+    def withdrawn(self, k: int) -> torch.Tensor:
+        """Logits `[B, V]` of the last position when all visual tokens leave before layer `k`, as VTW has it."""
+        if not self.visual_mask.any():
+            return self.logits
+        plan = Plan(frozenset(), frozenset(), self.visual_mask, reduction=VTW(k), padding=self.padding_mask)
+        plan, _, _ = plan.with_stream(self.inputs[0], self.text_kwargs)
+        states = self.inputs[k]
+        for layer, kwargs in zip(self.layers[k:], self.kwargs[k:], strict=True):
+            states = _states(layer(states, plan=plan, **kwargs))
+        assert plan.stream is not None  # the reduction has one
+        rows = plan.stream.rows(k)
+        return self._head(states if rows is None else rows.spread(states, self.visual_mask.shape[1]))
 
     def _frozen_logits(self, candidates: list[int | str]) -> dict[int | str, torch.Tensor]:
         """Logits of each candidate. They join one batch as their layers come; the first candidates of it come first."""
