@@ -25,32 +25,13 @@ from shortv_hf.data import outputs
 from shortv_hf.data import scoring as evaluation
 from shortv_hf.data.inputs import to_device
 from shortv_hf.data.sources import Case, encode
-from shortv_hf.flops import flops_ratio, prefill_flops
+from shortv_hf.flops import prefill_flops
 from shortv_hf.flops.meters import language_model_flops
 from shortv_hf.hub.loading import load
 from shortv_hf.layer_contribution.kl import Settings, kl_to_dense
-from shortv_hf.reduction import METHODS, ModelSizes, parse_visual_reduction
+from shortv_hf.reduction import METHODS
+from shortv_hf.search.space import matched
 from shortv_hf.upstream import find_cache
-
-
-def matched(method: str, config, t: int, v: int, target: float) -> dict | None:
-    """The method's options whose FLOPs ratio is closest to `target`; `None` if it is undefined for this model."""
-    sizes, best = ModelSizes.of(config), None
-    tiles = max(v // sizes.patches, 1) if sizes.patches else 1  # whole ones; of the others, all tokens stay
-    candidates = METHODS[method].candidates(sizes, v)
-    for options in candidates:
-        options = {"method": method, **options}
-        try:
-            reduction = parse_visual_reduction(options, sizes)
-        except ValueError:
-            return None
-        if len(candidates) == 1:
-            return options
-        kept = reduction.left(v, sizes, tiles) if reduction.left(v, sizes) is None else None
-        ratio = flops_ratio(t, v, config, shortv_layers=[], visual_reduction=options, kept=kept)
-        if best is None or abs(ratio - target) < best[0]:
-            best = (abs(ratio - target), options)
-    return best[1]
 
 
 @torch.inference_mode()

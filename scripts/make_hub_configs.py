@@ -16,9 +16,9 @@ from transformers import AutoConfig
 import shortv_hf  # noqa: F401  # registers the classes
 from shortv_hf.data import outputs
 from shortv_hf.flops import visual_tokens_of
-from shortv_hf.hub.build import RANKING
 from shortv_hf.hub.card import demo_card, reference_card
 from shortv_hf.hub.paper import PAPER_MODELS, PaperModel
+from shortv_hf.hub.provenance import FILES
 from shortv_hf.layer_contribution import LayerRanking
 from shortv_hf.pictures.plots import draw_frozen_layers
 
@@ -53,7 +53,7 @@ def write_demo_card(folder: Path):
     """A demonstration model's card, from its config and `results.json` (format: `shortv_hf.hub.card.demo_card`)."""
     config = AutoConfig.from_pretrained(folder)
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    ranking = LayerRanking.load(folder / RANKING)
+    ranking = LayerRanking.load(folder / FILES["ranking"])
     with outputs.whole_file(folder / PICTURE) as picture:
         draw_frozen_layers(
             config, picture, round(ranking.text_tokens), round(ranking.visual_tokens), title=folder.name

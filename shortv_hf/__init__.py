@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from .modeling_shortv import *  # noqa: F403
 
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 
 
 def lazy_names(

@@ -24,6 +24,7 @@ from shortv_hf.hub.check import check_files, check_repo
 from shortv_hf.hub.trial import check_decoding
 from shortv_hf.layer_contribution import LayerRanking, rank_layers
 from shortv_hf.layer_contribution.kl import last_logits
+from shortv_hf.search import SearchResult
 
 
 typer_testing = pytest.importorskip("typer.testing")
@@ -162,6 +163,15 @@ def test_layer_contribution(base, tmp_path):
     torch.testing.assert_close(last_logits(model, inputs), last_logits(dense, inputs))
 
 
+def test_search(base, tmp_path):
+    options = ["--data", "shapes", "--samples", 2, "--finalists", 4, "--max-kl", 1e3, "--device", "cpu"]
+    shortv("search", base, *options, "--output", tmp_path / "out", "--output-repo", tmp_path / "repo")
+    result = SearchResult.load(tmp_path / "out" / "search.json")
+    config = AutoModelForImageTextToText.from_pretrained(tmp_path / "repo").config
+    assert result.row_of(config) == result.best == result.rows[0]
+    assert {"LC", "VTW", "fastv", "random"} <= {row.name for row in result.baselines}
+
+
 def test_flops(base):
     printed = shortv("flops", base, "--layers", "2,1")
     assert "2 of 4" in printed and "100.0%" in printed
@@ -269,6 +279,17 @@ def test_layer_contribution_without_a_class(stock, tmp_path):
     fresh = AutoModelForImageTextToText.from_pretrained(base)
     with pytest.raises(ValueError, match=r"call shortv_hf.apply_shortv\(model, \[\]\) first"):
         rank_layers(fresh, [inputs])
+
+
+def test_search_without_a_class(stock, tmp_path):
+    base, options = stock(), ["--data", "shapes", "--samples", 2, "--finalists", 4, "--device", "cpu", "--max-kl", 1e3]
+    shortv("search", base, *options, "--output", tmp_path / "out")
+    best = SearchResult.load(tmp_path / "out" / "search.json").best
+    model, _ = loading.load_stock(str(base), "cpu")
+    with model.using(shortv_layers=best.shortv_layers, visual_reduction=best.visual_reduction):
+        assert best.flops_ratio < 1
+    with pytest.raises(ValueError, match="no ShortV class for 'idefics3', so no repo of it"):
+        shortv("search", base, *options, "--output", tmp_path / "other", "--output-repo", tmp_path / "repo")
 
 
 def test_a_family_that_the_self_test_refuses(stock, tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ READMES = (
     "tests/README.md",
 )  # fmt: skip
 MOST_LINES = 140  # of the front page
-RUN = {"chat", "flops", "build-repo", "check-repo", "lc", "visualize", "vtw-k", "bench"}
+RUN = {"chat", "flops", "build-repo", "check-repo", "lc", "search", "visualize", "vtw-k", "bench"}
 PARSED = {"publish", "serve", "eval", "answer", "score"}  # need the Hub, a server, lmms-eval, benchmarks' data
 # Not ours; what they are given is checked as far as it is ours.
 TOOLS = {"pip", "ruff", "mypy", "hf", "pytest", "vlmeval", "lmms-eval"}
@@ -149,7 +149,7 @@ class World:
             ("llava-hf/llava-1.5-7b-hf", str(self.base)),
             ("OWNER/ANOTHER-MODEL", str(self.base)),
             ("shortv_layers=[...]", "shortv_layers=[3, 1]"),
-            ('("gqa,flickr30k", processor)', '("shapes", processor, 1)'),
+            ('("gqa,flickr30k", processor)', '("shapes", processor, 2)'),
             ("max_new_tokens=100", "max_new_tokens=2"),
             ('device_map="auto"', 'device_map="cpu"'),
         ):
@@ -189,6 +189,7 @@ class World:
 SMALL = {
     "chat": ("--max-new-tokens", "12"),
     "lc": ("--samples", "1"),
+    "search": ("--samples", "2", "--finalists", "4"),
     "bench": ("--repeats", "1", "--images", "1", "--text-tokens", "8", "--peak-tflops", "1", "--bandwidth-gbs", "1"),
 }
 

@@ -15,10 +15,12 @@ from .. import modeling_shortv
 from ..data import outputs
 from ..layer_contribution.ranking import LayerRanking
 from ..pictures import plots
+from ..search.result import SearchResult
 from . import eval_results
 from .card import reference_card
 from .names import is_commit
 from .paper import paper_model
+from .provenance import provenance_of
 
 
 # Processor and tokenizer files of the original checkpoints. They are copied byte for byte: what Transformers 5.x writes when
@@ -38,7 +40,6 @@ PROCESSOR_FILES = (
     "vocab.json",
 )
 WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json")
-RANKING, RANKING_PICTURE = "ranking.json", "layer_scores.png"
 MODEL_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")  # what Transformers would load
 
 
@@ -120,7 +121,7 @@ def build_repo(
     weights_dir: str | Path | None = None,
     license: str | None = None,
     overwrite: bool = False,
-    ranking: LayerRanking | None = None,
+    ranking: LayerRanking | SearchResult | None = None,
 ) -> Path:
     """Write a repo that `AutoModelForImageTextToText.from_pretrained(output_dir, trust_remote_code=True)` loads.
 
@@ -138,8 +139,8 @@ def build_repo(
             references no base.
         license: of the base checkpoint, for the model card.
         overwrite: replace files in `output_dir` that this function did not write, or that were changed since.
-        ranking: where the frozen layers come from: it becomes the repo's `ranking.json`, and the card says how they were
-            chosen, with a plot where `matplotlib` is installed.
+        ranking: where the frozen layers come from, a ranking or a search: it becomes the repo's `ranking.json` or
+            `search.json`, and the card says how they were chosen, with a plot where `matplotlib` is installed.
 
     Returns:
         The directory.
@@ -147,13 +148,14 @@ def build_repo(
     Raises:
         ValueError: `config` is not a ShortV config or has bad fields; `processor_dir` holds no processor or
             `weights_dir` no safetensors; `output_dir` as in [`check_output_dir`]; the frozen layers are not the first ones of
-            `ranking`.
+            `ranking`, or not a row of the search.
     """
     if not str(getattr(config, "model_type", "")).startswith("shortv_"):
         raise ValueError(f"build_repo needs a ShortV config, got {type(config).__name__}")
     config.validate_shortv()
-    if ranking is not None:
-        ranking.check_layers(config)
+    origin = None if ranking is None else provenance_of(ranking)
+    if origin is not None:
+        origin.check(config)
     files = code_files()
     if processor_dir is not None:
         processor_files = [Path(processor_dir) / name for name in (*PROCESSOR_FILES, "generation_config.json")]
@@ -176,7 +178,7 @@ def build_repo(
 
     output_dir = Path(output_dir)
     name = output_dir.resolve().name
-    picture = RANKING_PICTURE if ranking is not None and plots.can_draw() else None
+    picture = origin.picture if origin is not None and plots.can_draw() else None
     card = reference_card(
         config,
         name,
@@ -187,7 +189,7 @@ def build_repo(
         ranking_picture=picture,
     )
     kept = {file.name for file in files if _is_same(file.absolute().parent, output_dir)}
-    made = {"config.json", "README.md", *({RANKING} if ranking else ()), *({picture} if picture else ())}
+    made = {"config.json", "README.md", *({origin.file} if origin else ()), *({picture} if picture else ())}
     names = {*made, *(file.name for file in files)} - kept
     unneeded = check_output_dir(output_dir, names, kept, overwrite)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -201,10 +203,10 @@ def build_repo(
             _declare_tokenizer(staged / "tokenizer_config.json")
         text, scores = str(card), _scores(output_dir, config)
         (staged / "README.md").write_text(eval_results.with_table(text, scores) if scores else text, encoding="utf-8")
-        if ranking is not None:
-            ranking.save(staged / RANKING)
-        if picture is not None:
-            plots.plot_ranking(ranking, staged / picture)
+        if origin is not None:
+            origin.save(staged / origin.file)
+            if picture is not None:
+                origin.draw(staged / picture)
         outputs.install(staged, output_dir, kept, unneeded)
     return output_dir
 
@@ -233,7 +235,7 @@ def build_repo_from_base(
     processor_dir: str | Path | None = None,
     include_weights: bool = False,
     overwrite: bool = False,
-    ranking: LayerRanking | None = None,
+    ranking: LayerRanking | SearchResult | None = None,
 ) -> Path:
     """[`build_repo`] with what it needs of the base checkpoint, local or on the Hub, at the commit that `config` pins.
 
@@ -244,8 +246,9 @@ def build_repo_from_base(
             `output_dir` is the base itself.
         OSError: the base cannot be found.
     """
-    if ranking is not None:
-        ranking.check_layers(config)
+    origin = None if ranking is None else provenance_of(ranking)
+    if origin is not None:
+        origin.check(config)
     base, revision = config.base_model_name_or_path, config.base_model_revision
     if base is None:
         raise ValueError("the config references no base checkpoint: it is of a model that holds its own weights")
@@ -259,7 +262,7 @@ def build_repo_from_base(
         in_place = processor_dir is not None and _is_same(processor_dir, output_dir)
         kept = set(PROCESSOR_FILES) if in_place else set()
         names = {"config.json", "README.md", *(file.name for file in code_files())}
-        names |= {RANKING, RANKING_PICTURE} if ranking is not None else set()
+        names |= {origin.file, origin.picture} if origin is not None else set()
         check_output_dir(output_dir, names, kept, overwrite)  # before the download
         patterns = [*PROCESSOR_FILES, "generation_config.json", "README.md"]
         patterns += WEIGHT_FILES if include_weights else ()
@@ -279,7 +282,7 @@ def build_repo_like(
     config: PretrainedConfig,
     output_dir: str | Path,
     overwrite: bool = False,
-    ranking: LayerRanking | None = None,
+    ranking: LayerRanking | SearchResult | None = None,
 ) -> Path:
     """A repo with this config for a checkpoint or ShortV repo (directory or Hub id): it references the checkpoint or, of a
     repo with weights of its own, copies them. Other arguments and errors as in [`build_repo`]."""

@@ -12,9 +12,11 @@ from transformers import PretrainedConfig
 from ..configuration_shortv import frozen_text
 from ..flops.equations import flops_ratio, prefill_flops, visual_tokens_of
 from ..layer_contribution.ranking import LayerRanking
+from ..search.result import SearchResult
 from ..upstream import TESTED
 from .names import is_hub_id
 from .paper import DATASETS, RESULTS, PaperModel, paper_model
+from .provenance import provenance_of
 
 
 CITATION = """\
@@ -44,7 +46,7 @@ def reference_card(
     of_the_paper: bool = False,
     picture: str | None = None,
     measured: Sequence[dict] = (),
-    ranking: LayerRanking | None = None,
+    ranking: LayerRanking | SearchResult | None = None,
     ranking_picture: str | None = None,
 ) -> ModelCard:
     """Card of a repo made from an original checkpoint.
@@ -59,7 +61,7 @@ def reference_card(
         picture: file in the repo that shows the frozen layers.
         measured: reports of `shortv bench` cut down to this model:
             `[{"conditions": {...}, "results": [{...}]}]`.
-        ranking: the layers come from it; `ranking_picture` is a file in the repo that shows its scores.
+        ranking: the ranking, or the search, that the layers come from; `ranking_picture` is a file in the repo that shows it.
 
     Raises:
         ValueError: `of_the_paper` with a base or a number of layers that the paper does not have.
@@ -105,7 +107,7 @@ def reference_card(
         _loading(name, "float16"),
         _trust(name),
         "## Results\n\n" + "\n\n".join(_results(config, paper, measured)),
-        _provenance(ranking, n_frozen, ranking_picture) if ranking else None,
+        provenance_of(ranking).section(config, ranking_picture) if ranking else None,
         _limits(config),
         f"## License and citation\n\nThe code in this repo is under Apache 2.0{license_note}.\n\n"
         f"```bibtex\n{CITATION}\n```",
@@ -181,7 +183,7 @@ def demo_card(
         f"right; greedy decoding), measured by this project's `scripts/train_shapes_vlm.py --export`:\n\n"
         + "\n\nAbout pictures:\n\n".join(tables)
         + (f"\n\nTraining:\n{training}" if training else ""),
-        _provenance(ranking, n_frozen, None) if ranking else None,
+        provenance_of(ranking).section(config, None) if ranking else None,
         _limits(config),
         f"## License and citation\n\nCode and weights are under Apache 2.0.\n\n```bibtex\n{CITATION}\n```",
     ]
@@ -323,45 +325,6 @@ def _results(config: PretrainedConfig, paper: PaperModel | None, measured: Seque
     else:
         parts.append(UNMEASURED)
     return parts
-
-
-def _provenance(ranking: LayerRanking, n_frozen: int, picture: str | None) -> str:
-    """Where the frozen layers come from: model, metric, data and versions of a ranking, and its scores."""
-    what = {
-        "lc": "Layer Contribution",
-        "greedy": "greedy selection",
-        "cosine": "cosine similarity",
-        "random": "chance",
-    }
-    facts = [("metric", what[ranking.metric] + (f", KL {ranking.kl}" if ranking.kl else ""))]
-    model = ranking.model
-    where = f" at commit `{model['revision']}`" if model.get("revision") else ""
-    facts.append(("model", f"{model.get('architecture')} `{model.get('name')}`{where}, {model.get('dtype')}"))
-    if ranking.data:
-        facts.append(
-            (
-                "data",
-                f"{ranking.data.get('name') or 'not named'}; SHA-256 of the inputs `{ranking.data.get('sha256')}`",
-            )
-        )
-        facts.append(
-            (
-                "samples",
-                f"{ranking.data.get('samples')}, on average {ranking.text_tokens:.0f} text and "
-                f"{ranking.visual_tokens:.0f} visual tokens",
-            )
-        )
-    facts.append(("seed", str(ranking.seed)))
-    facts += [(name, f"`{version}`") for name, version in ranking.versions.items()]
-    layers = ", ".join(f"{layer} ({ranking.score(layer):.2g})" for layer in ranking.layers(n_frozen))
-    return "\n\n".join(
-        [
-            "## How the layers were chosen",
-            "\n".join(f"- {name}: {value}" for name, value in facts),
-            f"Frozen layers and their scores: {layers or 'none'}. The whole ranking is in `ranking.json`.",
-            *([f"![Score of each decoder layer]({picture})"] if picture else []),
-        ]
-    )
 
 
 def _limits(config: PretrainedConfig) -> str:

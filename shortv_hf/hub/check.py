@@ -20,11 +20,11 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from .. import __version__
 from ..configuration_shortv import frozen_text
-from ..layer_contribution.ranking import LayerRanking
 from ..modeling_shortv import MODELS
 from . import eval_results
-from .build import RANKING, code_files, find_code
+from .build import code_files, find_code
 from .names import is_commit, is_hub_id
+from .provenance import FILES, load_provenance
 
 
 ALLOWED_IMPORTS = {"torch", "transformers"}
@@ -82,7 +82,7 @@ def check_files(folder: str | Path, without_weights: bool = False) -> list[Check
         ("code files", lambda: _check_code(folder)),
         ("imports", lambda: _check_imports(folder)),
         ("other code", lambda: _check_other_code(folder)),
-        *([("ranking", lambda: _check_ranking(folder))] if (folder / RANKING).is_file() else []),
+        *([(kind, lambda: _check_provenance(folder)) for kind in FILES if (folder / FILES[kind]).is_file()]),
         *([("evaluation", lambda: _check_scores(folder))] if (folder / eval_results.FILE).is_file() else []),
     ):
         try:
@@ -217,12 +217,11 @@ def _check_other_code(folder: Path) -> str:
     return "no other file names code"
 
 
-def _check_ranking(folder: Path) -> str:
-    """That the frozen layers are what `ranking.json` says."""
-    ranking = LayerRanking.load(folder / RANKING)
-    ranking.check_layers(_load_config(folder))
-    where = f"{ranking.data.get('samples')} samples ({ranking.data.get('name')})" if ranking.data else "no samples"
-    return f"layers by {ranking.metric}, {where}"
+def _check_provenance(folder: Path) -> str:
+    """That the frozen layers are what the ranking or the search beside the config says."""
+    origin = load_provenance(folder)
+    origin.check(_load_config(folder))
+    return origin.summary
 
 
 def _check_scores(folder: Path) -> str:

@@ -38,6 +38,7 @@ def build_repo(
 ):
     """Write a repo (config, code, processor files, model card) that references an original checkpoint's weights."""
     from . import build
+    from .provenance import provenance_of
 
     if (layers is None) == (ranking is None) or (ranking is None) != (num_layers is None):
         raise ValueError("pass either --layers, or --ranking together with --num-layers")
@@ -67,8 +68,9 @@ def build_repo(
     weights = f"a copy of the weights of {base}" if include_weights else f"weights from {base}"
     print(f"{output}: freezes layers {config.shortv_layers}, {weights}{f' at commit {commit}' if commit else ''}")
     if loaded is not None:
-        picture = "" if (output / build.RANKING_PICTURE).is_file() else "; no plot of it: pip install '.[calibrate]'"
-        print(f"{build.RANKING} says how the layers were chosen{picture}")
+        origin = provenance_of(loaded)
+        picture = "" if (output / origin.picture).is_file() else "; no plot of it: pip install '.[calibrate]'"
+        print(f"{origin.file} says how the layers were chosen{picture}")
     if not any((output / name).is_file() for name in build.PROCESSOR_FILES):
         print(f"no processor files in {model}: pass --processor-dir to make a repo for pipelines", file=sys.stderr)
 

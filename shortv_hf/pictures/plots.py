@@ -258,6 +258,40 @@ def plot_trade_offs(panels: dict[str, dict[str, tuple[float, float]]], output: s
     return Path(output)
 
 
+def plot_costs(
+    curves: dict[str, list[tuple[float, float, float]]],
+    x_label: str,
+    y_label: str,
+    output: str | Path,
+    title: str = "",
+) -> Path:
+    """What things cost, on a logarithmic axis, by what they save: curves with error bars.
+
+    Args:
+        curves: by name, points (x, y, standard error of y) by ascending x. The first is drawn boldest. Points with y = 0 are
+            left out, as such an axis has no place for them.
+        output: the PNG file; returned.
+    """
+    figure, axes = _figure(8, 5)
+    for number, (name, points) in enumerate(curves.items()):
+        shown = [point for point in points if point[1] > 0]
+        if not shown:
+            continue
+        x, y, errors = zip(*shown, strict=True)
+        # Down to a tenth of the value: an error as large as it would reach to minus infinity.
+        below = [min(error, 0.9 * value) for value, error in zip(y, errors, strict=True)]
+        style: dict[str, Any] = {"linewidth": 1.2, "markersize": 5} if number else {"linewidth": 2.5, "markersize": 7}
+        style |= {"linestyle": DASHES[number % len(DASHES)], "marker": "os^Dv*PX"[number % 8], "capsize": 2}
+        axes.errorbar(x, y, (below, errors), label=name, color=f"C{number % 10}", **style)
+    axes.set_yscale("log")
+    axes.set(xlabel=x_label, ylabel=y_label)
+    axes.grid(color=FROZEN)
+    axes.set_axisbelow(True)
+    _finish(figure, [axes], title)
+    figure.savefig(output, dpi=150)
+    return Path(output)
+
+
 def _finish(figure, all_axes, title: str = "", marks: dict[str, str] | None = None):
     """Wraps title and vertical labels to the figure, puts the legend below the axes, and lays them out.
 
