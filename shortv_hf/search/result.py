@@ -138,10 +138,18 @@ class SearchResult:
 
 
 def choose(rows: Sequence[Row], max_kl: float | None = None, flops_ratio: float | None = None) -> int | None:
-    """The number of the cheapest row that costs at most `max_kl`, or of the one with the lowest KL that is at most at
-    `flops_ratio`; `None` if there is none."""
+    """The number of the row to take; `None` if none is within the budget.
+
+    With `max_kl`, the cheapest row that costs at most that. With `flops_ratio`, of those that are at most at it and whose KL is
+    not told apart from the lowest, the one that costs least by what its changes cost alone: that was measured on the other
+    half of the samples, and speaks where these cannot.
+    """
     if max_kl is not None:
         within = [i for i, row in enumerate(rows) if row.kl <= max_kl]
         return min(within, key=lambda i: (rows[i].flops_ratio, rows[i].kl), default=None)
     within = [i for i, row in enumerate(rows) if flops_ratio is not None and row.flops_ratio <= flops_ratio + 1e-9]
-    return min(within, key=lambda i: (rows[i].kl, rows[i].flops_ratio), default=None)
+    if not within:
+        return None
+    lowest = rows[min(within, key=lambda i: rows[i].kl)]
+    tied = [i for i in within if rows[i] is lowest or rows[i].is_tied_with(lowest)]
+    return min(tied, key=lambda i: (rows[i].predicted_kl or 0.0, rows[i].kl))

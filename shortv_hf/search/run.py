@@ -41,7 +41,8 @@ class SearchOptions:
 
     Attributes:
         max_kl: the cheapest schedule that costs at most this KL, in nats.
-        flops_ratio: the schedule with the lowest KL at this share of the dense prefill's FLOPs, above 0 up to 1.
+        flops_ratio: the schedule with the lowest KL at this share of the dense prefill's FLOPs, above 0 up to 1
+            ([`result.choose`] says what that is among ties).
         parts: see `space.py`.
         kl: "forward" (the paper's direction) or "reverse".
         finalists: about how many schedules are measured.

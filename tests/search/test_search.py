@@ -18,7 +18,7 @@ from shortv_hf.search import run as running
 from shortv_hf.search.choose import Prompt, Schedules, key_of
 from shortv_hf.search.passes import isolated, joint
 from shortv_hf.search.result import Row, choose
-from shortv_hf.search.space import PARTS, Space
+from shortv_hf.search.space import PARTS, TOKEN_METHODS, Space
 
 
 CLOSE = {"abs": 3e-6, "rel": 1e-3}
@@ -76,9 +76,10 @@ class TestPasses:
         values = [*found["entries"], *found["tails"], *found["reductions"]]
         assert values == pytest.approx([0] * 4, abs=1e-6) and found["left"] == [[1.0] * 4]
 
-    def test_at_most_62_passes_for_32_layers(self):
+    def test_at_most_62_passes_for_32_layers(self, monkeypatch):
         """Three parts: what each change alone costs, what the schedules and the methods alone cost, in dense passes."""
         model = make_model(text="deep")
+        monkeypatch.setattr(running, "possible_methods", lambda *_: TOKEN_METHODS)  # asked once, not for every sample
         samples = [make_inputs(model, ["ttIttt"], seed=seed) for seed in range(2)]
 
         def count(function):
@@ -90,7 +91,7 @@ class TestPasses:
             dense = count(lambda: model.model(**samples[0], use_cache=False))
         options = SearchOptions(max_kl=0.01, parts=("layer", "mlp", "tail"))
         both_halves = count(lambda: search(model, samples, options))
-        assert both_halves <= 62 * dense, both_halves / dense
+        assert 40 * dense <= both_halves <= 62 * dense, both_halves / dense
 
 
 class TestChoosing:
@@ -174,9 +175,15 @@ class TestChoosing:
         assert choose(rows, flops_ratio=0.5) == 1 and choose(rows, flops_ratio=0.35) == 0
         assert choose(rows, flops_ratio=0.2) is None and choose(rows) is None
 
+    def test_of_ties_the_other_half_chooses(self):
+        rows = [row(0.3, 2.0, [0.0, 4.0], 0.5), row(0.4, 1.9, [1.9, 1.9], 0.7), row(0.45, 3.0, [3.0, 3.0], 0.1)]
+        assert rows[0].is_tied_with(rows[1]) and not rows[2].is_tied_with(rows[1])
+        assert choose(rows, flops_ratio=0.5) == 0  # the lowest is the second, and the first promised less
+        assert choose(rows[1:], flops_ratio=0.5) == 0
 
-def row(flops, kl, sample_kl=None) -> Row:
-    return Row("search", [0], None, flops, 1.0, kl, 0.0, sample_kl or [kl])
+
+def row(flops, kl, sample_kl=None, predicted=0.0) -> Row:
+    return Row("search", [0], None, flops, 1.0, kl, 0.0, sample_kl or [kl], predicted)
 
 
 def test_ties_are_of_differences_on_the_same_samples():
