@@ -18,11 +18,14 @@ from shortv_hf.modeling_shortv import MODELS
 
 PACKAGE = Path(shortv_hf.__file__).parent
 KNOW_FAMILIES = {"configuration_shortv.py", "modeling_shortv.py"}
-# These are about particular models: the paper's, the demonstration model, a model to measure.
-ABOUT_MODELS = {"hub/paper.py", "hub/card.py", "data/shapes.py", "benchmark/subjects.py"}
+# These are about particular models: the paper's, the demonstration model, a model to measure, those of another engine.
+ABOUT_MODELS = {
+    "hub/paper.py", "hub/card.py", "data/shapes.py", "benchmark/subjects.py",
+    "serving/vllm/architectures.py", "serving/vllm/models.py",
+}  # fmt: skip
 
 
-FOLDERS = sorted(file.parent.name for file in PACKAGE.glob("*/__init__.py"))
+FOLDERS = sorted(".".join(file.parent.relative_to(PACKAGE).parts) for file in PACKAGE.glob("*/**/__init__.py"))
 AT_HOME = {"__init__.py", "cli.py"}  # root files that go nowhere
 
 

@@ -26,14 +26,14 @@ from shortv_hf.layer_contribution import LayerRanking
 
 ROOT = Path(__file__).parent.parent
 READMES = (
-    "README.md", "shortv_hf/README.md", "shortv_hf/evaluate/README.md", "hub_configs/README.md", "scripts/results/README.md",
+    "README.md", "shortv_hf/README.md", "shortv_hf/evaluate/README.md", "shortv_hf/serving/README.md", "hub_configs/README.md", "scripts/results/README.md",
     "tests/README.md",
 )  # fmt: skip
 MOST_LINES = 140  # of the front page
 RUN = {"chat", "flops", "build-repo", "check-repo", "lc", "search", "visualize", "vtw-k", "bench"}
 PARSED = {"publish", "serve", "eval", "answer", "score"}  # need the Hub, a server, lmms-eval, benchmarks' data
 # Not ours; what they are given is checked as far as it is ours.
-TOOLS = {"pip", "ruff", "mypy", "hf", "pytest", "vlmeval", "lmms-eval"}
+TOOLS = {"pip", "ruff", "mypy", "hf", "pytest", "vlmeval", "lmms-eval", "vllm"}
 DIRECTORY_OF_THE_CLONE = re.compile(r"\.venv(-test)?/bin/")
 
 
@@ -70,6 +70,8 @@ def commands(block: str) -> list[list[str]]:
 def kind(command: list[str]) -> str:
     """What is done with a command: "run", "parse", "script" or "tool". Raises `LookupError` for an unknown one."""
     program, *arguments = [DIRECTORY_OF_THE_CLONE.sub("", word) for word in command]
+    if launched(command) is not None:
+        return "launched"
     if program == "shortv":
         (name,) = arguments[:1] or [""]
         if name in RUN | PARSED:
@@ -82,6 +84,13 @@ def kind(command: list[str]) -> str:
     elif program in TOOLS:
         return "tool"
     raise LookupError(f"no category for: {shlex.join(command)}")
+
+
+def launched(command: list[str]) -> list[str] | None:
+    """The arguments of `shortv` on several processes, if it is that."""
+    if command[:2] != ["accelerate", "launch"] and command[1:3] != ["-m", "torch.distributed.run"]:
+        return None
+    return command[command.index("shortv_hf.cli") + 1 :] if "shortv_hf.cli" in command else None
 
 
 def needs_more(arguments: list[str]) -> bool:
@@ -239,6 +248,8 @@ def test_blocks(readme, tmp_path, monkeypatch):
                 check_tool(command)
             elif what == "script":
                 check_script(command)
+            elif what == "launched":
+                check_command(launched(command) or [])
             else:
                 check_command(command[1:])
                 if what == "run":

@@ -7,10 +7,10 @@ The classes are those of this package: no remote code is run.
 from collections.abc import Sequence
 
 import transformers
-from transformers import PretrainedConfig
 
 from ..modeling_shortv import MODELS
 from ..upstream import ON_4
+from .repos import shortv_config
 
 
 TABLES = ("MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES", "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES")
@@ -37,9 +37,7 @@ def serve(repo: str, arguments: Sequence[str] = (), revision: str | None = None)
 
     if not is_serve_available():
         raise ValueError("serving needs the extra: pip install '.[serve]' in this package's checkout")
-    model_type = PretrainedConfig.get_config_dict(repo, revision=revision)[0].get("model_type")
-    if model_type not in [model_class.config_class.model_type for model_class in MODELS]:
-        raise ValueError(f"{repo} has model_type {model_type!r}, which is not ShortV's; make a repo with build-repo")
+    shortv_config(repo, revision)
     from transformers.cli.transformers import app
     from transformers.models.auto import modeling_auto
 
