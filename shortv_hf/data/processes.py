@@ -1,4 +1,7 @@
-"""Work shared out to several processes, as `accelerate launch` and `torch.distributed.run` start them."""
+"""Work shared out to several processes, as `accelerate launch` and `torch.distributed.run` start them.
+
+Only after [`join`], which commands call: whoever calls the package's functions under such a launcher has shares of their own.
+"""
 
 import os
 from collections.abc import Iterable, Iterator
@@ -9,15 +12,23 @@ import torch
 
 T = TypeVar("T")
 
+_joined = False
+
+
+def join():
+    """From here on this process is one of those that its environment tells of."""
+    global _joined
+    _joined = True
+
 
 def rank() -> int:
     """The number of this process, from 0."""
-    return int(os.environ.get("RANK", 0))
+    return int(os.environ.get("RANK", 0)) if _joined else 0
 
 
 def size() -> int:
-    """How many processes there are."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes share the work."""
+    return int(os.environ.get("WORLD_SIZE", 1)) if _joined else 1
 
 
 def share(items: Iterable[T]) -> Iterator[tuple[int, T]]:
@@ -40,4 +51,8 @@ def own_device(device: str) -> str:
     """The device of this process, where `device` leaves it open: each of several has a GPU of its own."""
     if size() == 1 or device != "auto":
         return device
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return (
+        f"cuda:{int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()}"
+        if torch.cuda.is_available()
+        else "cpu"
+    )

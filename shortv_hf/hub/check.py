@@ -10,7 +10,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
@@ -76,13 +78,16 @@ def check_files(folder: str | Path, without_weights: bool = False) -> list[Check
     """
     folder = Path(folder)
     checks = []
+    of_the_layers: list[tuple[str, Callable[[], str]]] = [
+        (kind, partial(_check_provenance, folder, kind)) for kind in FILES if (folder / FILES[kind]).is_file()
+    ]
     for name, check in (
         ("config", lambda: _check_config(folder)),
         ("base", lambda: _check_base(folder, without_weights)),
         ("code files", lambda: _check_code(folder)),
         ("imports", lambda: _check_imports(folder)),
         ("other code", lambda: _check_other_code(folder)),
-        *([(kind, lambda: _check_provenance(folder)) for kind in FILES if (folder / FILES[kind]).is_file()]),
+        *of_the_layers,
         *([("evaluation", lambda: _check_scores(folder))] if (folder / eval_results.FILE).is_file() else []),
     ):
         try:
@@ -217,9 +222,9 @@ def _check_other_code(folder: Path) -> str:
     return "no other file names code"
 
 
-def _check_provenance(folder: Path) -> str:
+def _check_provenance(folder: Path, kind: str) -> str:
     """That the frozen layers are what the ranking or the search beside the config says."""
-    origin = load_provenance(folder)
+    origin = load_provenance(folder, kind)
     origin.check(_load_config(folder))
     return origin.summary
 

@@ -9,7 +9,7 @@ from transformers import PretrainedConfig
 
 from ..layer_contribution.ranking import LayerRanking
 from ..pictures import plots
-from ..search.report import curves, describe, points
+from ..search.report import curves, describe, kl_text, points
 from ..search.result import SearchResult
 
 
@@ -61,12 +61,10 @@ def provenance_of(found: LayerRanking | SearchResult) -> Provenance:
     )
 
 
-def load_provenance(folder: Path) -> Provenance:
-    """What a repo's folder holds, of a search if both. Raises `ValueError` if it holds none, or cannot be read."""
-    search = folder / FILES["search"]
-    return provenance_of(
-        SearchResult.load(search) if search.is_file() else LayerRanking.load(folder / FILES["ranking"])
-    )
+def load_provenance(folder: Path, kind: str) -> Provenance:
+    """What a repo's folder holds of a kind in [`FILES`]. Raises `ValueError` if it cannot be read."""
+    file = folder / FILES[kind]
+    return provenance_of(SearchResult.load(file) if kind == "search" else LayerRanking.load(file))
 
 
 def draw_search(result: SearchResult, output: Path) -> Path:
@@ -125,8 +123,9 @@ def _search_section(result: SearchResult, config: PretrainedConfig, picture: str
         "## How the schedule was chosen",
         _facts(result, ("search", f"{', '.join(result.parts)}; {halves}")),
         f"{describe(row, n_layers)}: {row.flops_ratio:.1%} of the language model's prefill FLOPs, {row.cache_ratio:.0%} of its "
-        f"KV cache, KL from the dense model {row.kl:.2g} ± {row.kl_error:.1g} nats on the samples that did not choose it. Of "
-        f"{len(result.rows)} schedules measured, the KL of {tied} others is within a standard error of its. All are in `{FILES['search']}`.",
+        f"KV cache, KL from the dense model {kl_text(row)} nats on the samples that did not propose it, where it was picked from "
+        f"{len(result.rows)} schedules (so this is rather too low); that of {tied} others is not told apart from its. All are in "
+        f"`{FILES['search']}`.",
         f"![KL by FLOPs]({picture})" if picture else None,
     ]
     return "\n\n".join(part for part in parts if part)

@@ -71,6 +71,7 @@ def lc(
     from .budget import Budget
     from .calibration import calibrate
 
+    processes.join()
     model = choose_model(model, model_option)
     data = choose_data(data, model)
     budgets = {"--num-layers": num_layers, "--flops-ratio": flops_ratio, "--max-kl": max_kl}

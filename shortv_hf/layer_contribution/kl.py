@@ -56,8 +56,8 @@ def kl_to_dense(
     dense: Settings = DENSE,
     description: str = "KL from the dense model",
 ) -> torch.Tensor:
-    """Divergence of each of the `settings` from the dense model on each sample, with one dense pass per sample. Of several
-    processes (`data/processes.py`) each takes a share of the samples, and all have the result.
+    """Divergence of each of the `settings` from the dense model on each sample, with one dense pass per sample. Processes
+    that have joined (`data/processes.py`) take a share of the samples each, and all have the result.
 
     Args:
         model: a ShortV model, or a stock one after `apply_shortv(model, [])`; what it is set to does not count.

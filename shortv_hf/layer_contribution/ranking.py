@@ -12,8 +12,8 @@ in nats, at the last position of the prompt, averaged over samples. Layers with 
     ranking.apply(model, 19)              # freeze visual tokens in the 19 most ineffective layers
     ranking.save("ranking.json")
 
-Samples are looked at one after another; nothing but their scores is kept. Of several processes (`data/processes.py`) each
-takes a share of them, and all have the ranking. (Greedy ranking goes through them many times:
+Samples are looked at one after another; nothing but their scores is kept. Processes that have
+joined (`data/processes.py`) take a share each, and all have the ranking. (Greedy ranking goes through them many times:
 give it something that can be iterated again, such as `data.Samples`.)
 """
 

@@ -18,7 +18,7 @@ from .knapsack import Knapsack, Option
 from .space import Space
 
 
-MOST_KL = 1.0  # nats; what costs more is not worth measuring
+MOST_KL = 1.0  # nats; what seems to cost more is measured only where the budget asks for it
 
 
 @dataclass(frozen=True)
@@ -130,18 +130,12 @@ class Schedules:
 
     def finalists(self, number: int, flops_ratio: float | None = None, max_kl: float | None = None) -> list[Schedule]:
         """About `number` schedules to measure: over the whole range of FLOPs, and close by the budget."""
-        levels = [level / 100 for level in range(1, 100)]
-        best = {
-            level: found[0] for level in levels if (found := self.within(level)) and found[0].predicted_kl <= MOST_KL
-        }
-        if not best:
-            return []
+        levels, most = [level / 100 for level in range(1, 100)], max(MOST_KL, 1.5 * (max_kl or 0.0))
+        best = {level: found[0] for level in levels if (found := self.within(level)) and found[0].predicted_kl <= most}
         spread = _evenly(list(best), number // 2)
         chosen = [best[level] for level in spread]
         if flops_ratio is not None:
-            chosen += [each for each in self.within(flops_ratio) if each.predicted_kl <= MOST_KL][
-                : number - len(chosen)
-            ]
+            chosen += self.within(flops_ratio)[: number - len(chosen)]
         elif max_kl is not None:
             # Sums are rather too low than too high, so what seems to cost much less than the limit is looked at, too.
             near = [level for level in best if 0.2 * max_kl <= best[level].predicted_kl <= 1.5 * max_kl]

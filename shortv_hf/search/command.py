@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -65,7 +66,7 @@ def search(
 ):
     """Search the cheapest prefill within a budget, over layers, halves of layers, VTW and token reduction together.
 
-    Each change is measured alone on one half of the samples; the schedules that this suggests, on the other half. Printed is
+    Each change is measured alone on one half of the samples; the schedules that this proposes, on the other half. Printed is
     what they cost and save: > marks the chosen one, = those whose KL is not told apart from its, - those that another one
     beats.
     """
@@ -76,6 +77,7 @@ def search(
     from .run import search as run
     from .space import DEFAULT_PARTS
 
+    processes.join()
     model = choose_model(model, model_option)
     data = choose_data(data, model)
     options = SearchOptions(max_kl, flops_ratio, split_names(parts) or DEFAULT_PARTS, kl, finalists)
@@ -122,7 +124,8 @@ def search(
             raise typer.Exit(1)  # the message is printed
         config.shortv_layers = result.best.shortv_layers  # the rest, dtype above all, stays the checkpoint's
         config.visual_reduction = result.best.visual_reduction
-        build.build_repo_like(model, config, output_repo, overwrite, result)
+        # The command has paths of this machine in it.
+        build.build_repo_like(model, config, output_repo, overwrite, replace(result, command=None))
         print(f"{output_repo}: a repo that is set so")
 
 
@@ -130,19 +133,17 @@ def _print(result):
     from rich.console import Console
     from rich.table import Table
 
-    from .report import COLUMNS, cells, options_of
+    from .report import COLUMNS, cells, kl_text, options_of
 
     t, v = f"t = {result.text_tokens:.0f} text", f"v = {result.visual_tokens:.0f} visual tokens"
-    table = Table(title=f"{result.samples['judging']} samples that did not choose, {t}, {v}")
+    table = Table(title=f"{result.samples['judging']} samples that did not propose these schedules, {t}, {v}")
     for name in COLUMNS:
         table.add_column(name, justify="left" if name == COLUMNS[-1] else "right")
     for row in cells(result):
         table.add_row(*row)
     Console().print(table)
     if result.best is not None:
-        print(
-            f"{result.best.flops_ratio:.1%} of the prefill's FLOPs, KL {result.best.kl:.3g} ± {result.best.kl_error:.1g} nats:"
-        )
+        print(f"{result.best.flops_ratio:.1%} of the prefill's FLOPs, KL {kl_text(result.best)} nats:")
         print(options_of(result.best) or "the dense model")
     elif result.budget:
         ((name, limit),) = result.budget.items()

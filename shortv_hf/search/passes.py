@@ -30,15 +30,15 @@ def possible_methods(model: Any, sample: dict) -> list[str]:
     return found
 
 
-def isolated(model: Any, sample: dict, space: Space, kl: str, layers_per_batch: int) -> dict[str, list]:
+def isolated(model: Any, sample: dict, space: Space, kl: str, layers_per_batch: int) -> dict[str, Any]:
     """KL to the dense model of everything in `space` alone, on one sample.
 
     One dense pass, whose states are kept; freezing and withdrawing go on from them at their layer, only methods that drop
     some tokens need a pass of their own.
 
     Returns:
-        "entries", "tails", "reductions": nats, one each. "left": of each reduction, the share of the visual tokens that
-        each decoder layer sees.
+        "entries", "tails", "reductions": nats, one each. "left": of each reduction, how many visual tokens each decoder
+        layer sees; "visual": how many there are.
 
     Raises:
         ValueError: the sample is a batch of several.
@@ -46,7 +46,7 @@ def isolated(model: Any, sample: dict, space: Space, kl: str, layers_per_batch: 
     with measuring(model):
         sample = _one_row(model, sample)
         trace = Trace(model, sample, [], "visual")
-        found: dict[str, list] = {
+        found: dict[str, Any] = {
             "entries": trace.divergences(space.entries, trace.logits, kl, layers_per_batch)[:, 0].tolist()
             if space.entries
             else [],
@@ -59,28 +59,31 @@ def isolated(model: Any, sample: dict, space: Space, kl: str, layers_per_batch: 
         return found
 
 
-def joint(model: Any, sample: dict, settings: Sequence[Settings], kl: str) -> dict[str, list]:
-    """KL to the dense model of each of the `settings`, on one sample: "kl" in nats, and "left" as of [`isolated`]."""
+def joint(model: Any, sample: dict, settings: Sequence[Settings], kl: str) -> dict[str, Any]:
+    """KL to the dense model of each of the `settings`, on one sample: "kl" in nats; "left" and "visual" as of [`isolated`]."""
     with measuring(model):
         sample = _one_row(model, sample)
         return _with_settings(model, sample, settings, logits_with(model, sample, DENSE), kl)
 
 
-def _with_settings(model, sample, settings, dense, kl) -> dict[str, list]:
+def _with_settings(model, sample, settings, dense, kl) -> dict[str, Any]:
     values, left = [], []
-    v = int(feature_mask(model.config, sample).sum())
-    t = sample["input_ids"].shape[1] - v
+    mask = feature_mask(model.config, sample)
+    v = int(mask.sum())
+    t = mask.shape[1] - v
     for each in settings:
         with _seen_tokens(model) as seen:
             values.append(float(divergence(dense, logits_with(model, sample, each), kl)))
-        left.append([(n - t) / v if v else 1.0 for n in seen])
-    return {"kl": values, "left": left}
+        left.append([n - t for n in seen])
+    return {"kl": values, "left": left, "visual": v}
 
 
 def _one_row(model, sample: dict) -> dict:
-    if len(sample["input_ids"]) != 1:
-        raise ValueError(f"a search takes samples of one row each, not batches of {len(sample['input_ids'])}")
-    return to_device(model, sample)
+    sample = to_device(model, sample)
+    rows = len(feature_mask(model.config, sample))
+    if rows != 1:
+        raise ValueError(f"a search takes samples of one row each, not batches of {rows}")
+    return sample
 
 
 @contextmanager

@@ -16,9 +16,14 @@ def cells(result: SearchResult) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for row in result.rows:
         mark = ">" if row is result.best else "=" if row in ties else "" if row in frontier else "-"
-        figures = f"{row.flops_ratio:.1%}", f"{row.cache_ratio:.0%}", f"{row.kl:.2g} ± {row.kl_error:.1g}"
+        figures = f"{row.flops_ratio:.1%}", f"{row.cache_ratio:.0%}", kl_text(row)
         found.append((mark, *figures, describe(row, result.model["num_hidden_layers"])))
     return found
+
+
+def kl_text(row: Row) -> str:
+    """KL in nats with its standard error, which one sample does not have."""
+    return f"{row.kl:.2g} ± {row.kl_error:.1g}" if len(row.sample_kl) > 1 else f"{row.kl:.2g} (one sample)"
 
 
 def describe(row: Row, n_layers: int) -> str:

@@ -4,7 +4,8 @@
     model.set_shortv_layers(result.best.shortv_layers)
     model.set_visual_reduction(result.best.visual_reduction)
 
-Half of the samples choose, the other half judges: a set is never measured on the samples that it looked good on.
+Half of the samples propose, the other half judges: no set is measured on the samples that proposed it. (The row that is taken
+is the best of about twenty on those that judge, so its KL is rather too low.)
 
     1. each change alone, one dense pass a sample whose states are kept (`passes.py`)
     2. the best schedules by sums of these, offline (`choose.py`, `knapsack.py`)
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ..data import outputs, processes
+from ..data.inputs import feature_mask
 from ..data.jsonl import append_object, drop_half_a_line, read_appended
 from ..layer_contribution.freezing import check_model
 from ..layer_contribution.kl import Settings, check_direction
@@ -88,7 +90,7 @@ def search(
     Args:
         model: a ShortV model, or a stock one after `apply_shortv(model, [])`.
         samples: model inputs of one row each, two at least; kept for several passes unless they can be gone through again,
-            as `data.Samples` can. Every second one judges.
+            as `data.Samples` can. Those without visual tokens are left out; of the others, every second one judges.
         options: what to search.
         data: a name for the samples, kept in the result.
         progress: a folder for what has been measured, one line a sample; a search of the same model, samples and options
@@ -96,79 +98,91 @@ def search(
         say: called with a line about what is done.
 
     Raises:
-        ValueError: fewer than two samples, none with visual tokens, a batch of several rows, or a model that cannot freeze
-            visual tokens.
+        ValueError: fewer than two samples with visual tokens, a batch of several rows, or a model that cannot freeze visual
+            tokens.
     """
     options = options or SearchOptions()
     say = say or (lambda line: None)
     check_model(model)
     if iter(samples) is samples:
         samples = list(samples)
-    summary, numbers, methods = DataSummary(data), [], None
+    summary = DataSummary(data)
+    numbers: list[int] = []
+    methods: list[str] = []
     for number, sample in enumerate(samples):
-        before = summary.visual
+        if not feature_mask(model.config, sample).any():
+            continue  # freezing changes nothing in it
         summary.add(model, sample)
-        numbers.append(number)
-        if methods is None and summary.visual > before:
+        if not numbers:
             methods = possible_methods(model, sample)
+        numbers.append(number)
     if len(numbers) < 2:
         raise ValueError(
-            f"a search needs 2 samples or more, to choose by one half and judge by the other; got {len(numbers)}"
+            "a search needs 2 samples with visual tokens or more, to choose by one half and judge by the other; got "
+            f"{len(numbers)}"
         )
     facts = summary.fields("visual")
     prompt = Prompt(model.config, facts["text_tokens"], facts["visual_tokens"])
-    methods = methods or []
     space = Space.of(model.config, options.parts, round(prompt.v), methods)
     parts = len(space.entries), len(space.tails), len(space.reductions)
     say("alone: {} updates, {} places to withdraw at, {} token reductions".format(*parts))
     seal = [describe_model(model), _weights(model), facts["data"]["sha256"], options.kl, outputs.versions()]
 
-    def measure(which: str, first: int, one: Callable[[dict], dict], what: Any) -> list[dict]:
-        """Of every second sample from the `first` on, what a pass says."""
-        journal = _Journal(progress, which, [*seal, what])
-        half = list(processes.share(numbers[first::2]))
-        left = {number for _, number in half} - set(journal.rows)
-        bar = logging.tqdm(total=len(half), initial=len(half) - len(left), desc=which)
-        for number, sample in enumerate(samples):
-            if number in left:
-                journal.add(number, one(sample))
+    def measure(which: str, first: int, wanted: list[str], one: Callable[[dict, list[str]], dict]) -> list[dict]:
+        """Of every second sample from the `first` on, what `one(sample, keys)` says of the wanted keys; what the journal knows
+        is not asked again."""
+        journal = _Journal(progress, which, seal)
+        own = [number for _, number in processes.share(numbers[first::2])]
+        missing = {n: keys for n in own if (keys := [key for key in wanted if key not in journal.rows.get(n, {})])}
+        bar = logging.tqdm(total=len(own), initial=len(own) - len(missing), desc=which)
+        for number, sample in enumerate(samples if missing else ()):
+            if number in missing:
+                journal.add(number, one(sample, missing[number]))
                 bar.update()
         bar.close()
-        rows: dict[int, dict] = dict(processes.gather(list(journal.rows.items())))
+        rows: dict[int, dict] = {}
+        for number, found in processes.gather(list(journal.rows.items())):
+            rows.setdefault(number, {}).update(found)
         return [rows[number] for number in numbers[first::2]]
 
-    alone = measure(
+    key = _digest(asdict(space))
+    found = measure(
         "choosing",
         0,
-        lambda sample: isolated(model, sample, space, options.kl, options.layers_per_batch),
-        asdict(space),
+        [key],
+        lambda sample, _: {key: isolated(model, sample, space, options.kl, options.layers_per_batch)},
     )
+    alone = [row[key] for row in found]
     means = {name: _means([row[name] for row in alone]) for name in ("entries", "tails", "reductions")}
     for number, reduction in enumerate(space.reductions):
-        prompt.left[key_of(reduction)] = _means([row["left"][number] for row in alone])
+        prompt.left[key_of(reduction)] = _share_left([(row["left"][number], row["visual"]) for row in alone])
     schedules = Schedules(space, means, prompt)
     finalists = schedules.finalists(options.finalists, **options.budget)
     if not finalists:
-        raise ValueError("nothing that was searched saves any FLOPs at less than 1 nat; search more parts")
+        raise ValueError(
+            "nothing that was searched saves any FLOPs at a KL that is worth measuring; search more parts"
+        )
     others = baselines(schedules.kl, space.tails, prompt, methods)
     say(f"together, on the other samples: {len(finalists)} schedules, {len(others)} methods alone")
-    settings = [*(each.settings for each in finalists), *(each for _, each in others)]
-    judged = measure(
-        "judging",
-        1,
-        lambda sample: joint(model, sample, settings, options.kl),
-        [settings_key(each) for each in settings],
-    )
-    for number, each in enumerate(settings):
-        prompt.left.setdefault(key_of(each.visual_reduction), _means([row["left"][number] for row in judged]))
-    kls = [[row["kl"][number] for row in judged] for number in range(len(settings))]
-    rows = [_row(SEARCH, each.settings, prompt, kl, each) for each, kl in zip(finalists, kls, strict=False)]
+    by_key = {
+        settings_key(each): each for each in [*(each.settings for each in finalists), *(each for _, each in others)]
+    }
+
+    def judge(sample: dict, keys: list[str]) -> dict[str, dict]:
+        found = joint(model, sample, [by_key[key] for key in keys], options.kl)
+        values = zip(keys, found["kl"], found["left"], strict=True)
+        return {key: {"kl": kl, "left": left, "visual": found["visual"]} for key, kl, left in values}
+
+    judged = measure("judging", 1, list(by_key), judge)
+    for key, each in by_key.items():
+        left = _share_left([(row[key]["left"], row[key]["visual"]) for row in judged])
+        prompt.left.setdefault(key_of(each.visual_reduction), left)
+    kls = {key: [row[key]["kl"] for row in judged] for key in by_key}
+    rows = [_row(SEARCH, each.settings, prompt, kls[settings_key(each.settings)], each) for each in finalists]
     rows.sort(key=lambda row: (row.flops_ratio, row.kl))
     return SearchResult(
         rows=rows,
-        baselines=[
-            _row(name, each, prompt, kl) for (name, each), kl in zip(others, kls[len(finalists) :], strict=True)
-        ],
+        baselines=[_row(name, each, prompt, kls[settings_key(each)]) for name, each in others],
         chosen=choose(rows, **options.budget),
         budget=options.budget,
         alone={
@@ -199,6 +213,12 @@ def _row(name: str, settings: Settings, prompt: Prompt, kl: list[float], schedul
     )
 
 
+def _share_left(counts: list[tuple[list[int], int]]) -> list[float]:
+    """The share of all samples' visual tokens that each layer sees, of what it sees of each sample's."""
+    total = sum(visual for _, visual in counts)
+    return [sum(column) / total for column in zip(*(seen for seen, _ in counts), strict=True)]
+
+
 def _means(rows: list[list[float]]) -> list[float]:
     return [sum(column) / len(column) for column in zip(*rows, strict=True)]
 
@@ -212,13 +232,17 @@ def _weights(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
 class _Journal:
-    """What was measured of each sample, on disk as it comes; in memory only, without a folder. Lines of another search
-    (another `seal`) do not count."""
+    """What was measured of each sample, by key, on disk as it comes; in memory only, without a folder. Lines of other models,
+    samples or versions (another `seal`) do not count."""
 
     def __init__(self, folder: Path | None, name: str, seal: list):
         self.rows: dict[int, dict] = {}
-        self.seal = hashlib.sha256(json.dumps(seal, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        self.seal = _digest(seal)
         self.file = None if folder is None else folder / f"{name}.{processes.rank()}.jsonl"
         if self.file is None or folder is None:
             return
@@ -226,10 +250,11 @@ class _Journal:
         if self.file.exists():
             drop_half_a_line(self.file)
         for file in folder.glob(f"{name}.*.jsonl"):
-            own = (line for line in read_appended(file) if line["seal"] == self.seal)
-            self.rows |= {line["sample"]: line["found"] for line in own}
+            for line in read_appended(file):
+                if line["seal"] == self.seal:
+                    self.rows.setdefault(line["sample"], {}).update(line["found"])
 
     def add(self, sample: int, found: dict):
-        self.rows[sample] = found
+        self.rows.setdefault(sample, {}).update(found)
         if self.file is not None:
             append_object(self.file, {"seal": self.seal, "sample": sample, "found": found})
