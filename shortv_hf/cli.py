@@ -21,10 +21,25 @@ from .layer_contribution.command import lc, vtw_k
 from .pictures.command import visualize
 from .search.command import search
 from .serving.command import SERVE_SETTINGS, serve
+from .web.command import demo
 
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="ShortV for Hugging Face vision-language models.")
-for command in (chat, flops, bench, lc, search, visualize, vtw_k, answer, score, build_repo, check_repo, publish):
+for command in (
+    chat,
+    demo,
+    flops,
+    bench,
+    lc,
+    search,
+    visualize,
+    vtw_k,
+    answer,
+    score,
+    build_repo,
+    check_repo,
+    publish,
+):
     app.command()(command)
 app.command("eval")(evaluate)
 app.command(context_settings=SERVE_SETTINGS)(serve)

@@ -18,7 +18,7 @@ class LocalHub:
     """Serves the repos it is given or that clients create. Use as a context manager; `endpoint` goes into `HF_ENDPOINT`.
 
     Attributes:
-        repos: id → {"commits": {sha: {path: bytes}}, "branches": {name: sha}, "token": str or None}. A token makes the
+        repos: id, of a Space with "spaces/" before it → {"commits": {sha: {path: bytes}}, "branches": {name: sha}, "token": str or None}. A token makes the
             repo private: only requests that carry it see the repo.
         write_token: what a request must carry to create or change anything.
         requests: (method, path, token or None) of all calls.
@@ -127,6 +127,8 @@ class LocalHub:
             return self._send_json(request, {"transfer": "basic", "objects": objects})
         parts = path.split("/")
         repo_id, action, branch = "/".join(parts[2:4]), parts[4], "/".join(parts[5:])
+        if parts[1] == "spaces":
+            repo_id = f"spaces/{repo_id}"
         if repo_id not in self.repos:
             return self._send(request, 404, headers={"X-Error-Code": "RepoNotFound"})
         repo = self.repos[repo_id]
@@ -148,6 +150,10 @@ class LocalHub:
 
     def _create(self, request, fields):
         repo_id = f"{fields['organization']}/{fields['name']}"
+        if fields.get("type") == "space":
+            if fields.get("sdk") != "gradio":
+                return self._send(request, 400, b"a Space needs an SDK")
+            repo_id = f"spaces/{repo_id}"
         if repo_id in self.repos:
             return self._send(request, 409, b"You already created this model repo")
         private = fields.get("private") or fields.get("visibility") == "private"
@@ -176,10 +182,11 @@ class LocalHub:
 
     def _read(self, request, path, token):
         parts = path.split("/")
-        api = parts[:2] == ["api", "models"]
+        api = parts[:2] in (["api", "models"], ["api", "spaces"])
+        of_spaces = parts[int(api)] == "spaces"
         if api:
             parts = parts[2:]
-        repo_id = "/".join(parts[:2])
+        repo_id = f"{'spaces/' if of_spaces else ''}{'/'.join(parts[:2])}"
         if repo_id in self.renamed:
             return self._send(request, 307, headers={"Location": f"/{path}".replace(repo_id, self.renamed[repo_id])})
         repo = self.repos.get(repo_id)

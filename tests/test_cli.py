@@ -56,7 +56,7 @@ def test_flops_takes_v_from_the_model():
     assert invoke("flops", "--reduction", "prumerge", "--kept", 9).exit_code == 0
 
 
-TAKE_A_MODEL = ["chat", "flops", "lc", "search", "visualize", "vtw-k"]
+TAKE_A_MODEL = ["chat", "demo", "flops", "lc", "search", "visualize", "vtw-k"]
 
 
 @pytest.mark.parametrize("command", TAKE_A_MODEL)

@@ -31,7 +31,7 @@ READMES = (
 )  # fmt: skip
 MOST_LINES = 140  # of the front page
 RUN = {"chat", "flops", "build-repo", "check-repo", "lc", "search", "visualize", "vtw-k", "bench"}
-PARSED = {"publish", "serve", "eval", "answer", "score"}  # need the Hub, a server, lmms-eval, benchmarks' data
+PARSED = {"publish", "serve", "demo", "eval", "answer", "score"}  # need the Hub, a server, lmms-eval, benchmarks' data
 # Not ours; what they are given is checked as far as it is ours.
 TOOLS = {"pip", "ruff", "mypy", "hf", "pytest", "vlmeval", "lmms-eval", "vllm"}
 DIRECTORY_OF_THE_CLONE = re.compile(r"\.venv(-test)?/bin/")

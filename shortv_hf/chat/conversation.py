@@ -130,6 +130,15 @@ class Conversation:
             self._restore(*before)
             raise
 
+    def forget_cache(self) -> None:
+        """The next turn computes the whole prompt: for other settings of the model, or to give memory back."""
+        self._ids, self._cache = None, None
+
+    def cache_bytes(self) -> int:
+        """Of the keys and values that the cache holds."""
+        layers: list[Any] = [] if self._cache is None else self._cache.layers  # of several classes
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers if layer.is_initialized)
+
     def _state(self) -> tuple[dict, list[tuple[int, ...]]]:
         """What a turn may change: the fields, and the lengths of the cache's layers."""
         fields = {name: list(value) if isinstance(value, list) else value for name, value in vars(self).items()}
@@ -142,7 +151,7 @@ class Conversation:
         was_cut = self._was_cut
         vars(self).update(fields)
         if self._cache is not None and (was_cut or not _crop(self._cache, lengths)):
-            self._ids, self._cache = None, None
+            self.forget_cache()
 
     def _turn(self, prompt: str, images: list, videos: list, on_text: Callable[[str], None] | None) -> Answer:
         messages = [*self.messages, user_message(prompt, images, self.processor, videos)]

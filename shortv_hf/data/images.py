@@ -83,6 +83,25 @@ def load_image(name: str | os.PathLike) -> Image.Image:
         raise ValueError(f"cannot read the image {_shown(name)}: {_reason(error)}") from None
 
 
+def measure_image(path: str | os.PathLike, formats: tuple[str, ...] | None = None) -> tuple[int, int]:
+    """Width and height, as the header of a file says; no pixel is decoded.
+
+    Args:
+        formats: Pillow's names of those that are tried; all by default.
+
+    Raises:
+        ValueError: it is no picture of these formats, or has so many pixels that Pillow refuses it.
+    """
+    try:
+        with Image.open(path, formats=formats) as image:
+            return image.size
+    except UnidentifiedImageError:
+        known = "" if formats is None else f"; {', '.join(formats)} can be read"
+        raise ValueError(f"it is no picture{known}") from None
+    except Image.DecompressionBombError:
+        raise ValueError("it has too many pixels") from None
+
+
 @contextmanager
 def _no_half_pictures() -> Iterator[None]:
     """Inside, a file that ends too early is an error, also where another library of the process

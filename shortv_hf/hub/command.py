@@ -93,16 +93,19 @@ def check_repo(
 
 
 def publish(
-    folder: Annotated[Path, typer.Argument(help="Directory that build-repo wrote.")],
+    folder: Annotated[Path, typer.Argument(help="Directory that build-repo wrote, or of a Space.")],
     repo_id: Annotated[str, typer.Option(help="Where to: owner/name. Created if it does not exist.")],
     private: Annotated[bool, typer.Option("--private", help="Create it as a private repo.")] = False,
     revision: Annotated[str, typer.Option(help="Branch to publish to.")] = "main",
+    space: Annotated[
+        bool, typer.Option("--space", help="It is a Space: publish it with the package and the demonstration model.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and do nothing.")] = False,
 ):
-    """Publish a ShortV repo in one commit, with the token of `hf auth login` or HF_TOKEN. Safe to repeat."""
+    """Publish a ShortV repo, or a Space, in one commit, with the token of `hf auth login` or HF_TOKEN. Safe to repeat."""
     from . import publish as publishing
 
-    plan = publishing.plan_publication(folder, repo_id, private, revision, may_be_offline=dry_run)
+    plan = publishing.plan_publication(folder, repo_id, private, revision, may_be_offline=dry_run, space=space)
     print(plan, flush=True)
     if dry_run:
         print("dry run: nothing was changed")

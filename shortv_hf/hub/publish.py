@@ -11,6 +11,7 @@ stays out of shell histories, and nothing here prints or stores it.
 import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -20,6 +21,7 @@ from . import eval_results
 from .card import with_repo_id
 from .check import check_files
 from .names import is_hub_id
+from .space import check_space, package_files
 
 
 @dataclass
@@ -35,6 +37,7 @@ class Plan:
         parent: the commit that the comparison is with; `None` for a repo to create.
         unknown: why the Hub could not be looked at; all paths are then in `add`, and nothing is known of the repo.
         create_branch: the branch has to be created, from main.
+        kind: "model", or "space" for a page on the Hub.
     """
 
     repo_id: str
@@ -49,6 +52,7 @@ class Plan:
     leave: list[str] = field(default_factory=list)
     parent: str | None = None
     unknown: str | None = None
+    kind: Literal["model", "space"] = "model"
 
     @property
     def is_done(self) -> bool:
@@ -56,7 +60,8 @@ class Plan:
         return not (self.create or self.create_branch or self.add or self.update)
 
     def __str__(self):
-        lines = [f"{constants.ENDPOINT}/{self.repo_id}, branch {self.branch}"]
+        where = "" if self.kind == "model" else f"{self.kind}s/"
+        lines = [f"{constants.ENDPOINT}/{where}{self.repo_id}, branch {self.branch}"]
         if self.unknown:
             lines.append(f"  unknown  what is there already: {self.unknown}")
         elif self.create:
@@ -70,16 +75,22 @@ class Plan:
 
 
 def plan_publication(
-    folder: str | Path, repo_id: str, private: bool = False, branch: str = "main", may_be_offline: bool = False
+    folder: str | Path,
+    repo_id: str,
+    private: bool = False,
+    branch: str = "main",
+    may_be_offline: bool = False,
+    space: bool = False,
 ) -> Plan:
-    """Compare a repo directory with what is on the Hub. Changes nothing anywhere.
+    """Compare a repo directory with what is on the Hub. Changes nothing anywhere. Of a `space`, the package and the
+    demonstration model go along ([`space.package_files`]).
 
     Hidden files, but for the scores of `shortv eval`, and `__pycache__` are not published. With `may_be_offline`, a Hub that cannot be reached is no error:
     the plan says so and lists what it knows.
 
     Raises:
-        ValueError: the directory is not a ShortV repo that strangers can load (see `check.check_files`), `repo_id`
-            is not `owner/name`, or the repo exists and is public while `private` is asked for.
+        ValueError: the directory is not a ShortV repo that strangers can load (see `check.check_files`), or no Space,
+            `repo_id` is not `owner/name`, or the repo exists and is public while `private` is asked for.
         OSError: the Hub does not answer, or refuses.
     """
     folder = Path(folder)
@@ -87,17 +98,21 @@ def plan_publication(
         raise ValueError(f"no such directory: {folder}")
     if not is_hub_id(repo_id):
         raise ValueError(f"--repo-id takes owner/name, got {repo_id!r}")
-    problems = [f"{check.name}: {check.problem}" for check in check_files(folder) if check.problem]
+    if space:
+        check_space(folder)
+    problems = [] if space else _problems(folder)
     if problems:
         raise ValueError(f"{folder} is not fit to be published: {'; '.join(problems)}")
-    plan = Plan(repo_id, branch, private)
+    plan = Plan(repo_id, branch, private, kind="space" if space else "model")
+    if space:
+        plan.contents |= package_files()
     for file in sorted(folder.rglob("*")):
         relative = file.relative_to(folder)
         if file.is_file() and not any(part.startswith(".") or part == "__pycache__" for part in relative.parts):
             plan.contents[relative.as_posix()] = file
     if (folder / eval_results.FILE).is_file():
         plan.contents[eval_results.FILE] = folder / eval_results.FILE
-    if "README.md" in plan.contents:
+    if "README.md" in plan.contents and not space:
         card = (folder / "README.md").read_text(encoding="utf-8")
         plan.contents["README.md"] = with_repo_id(card, repo_id).encode()
 
@@ -116,17 +131,21 @@ def plan_publication(
     return plan
 
 
+def _problems(folder: Path) -> list[str]:
+    return [f"{check.name}: {check.problem}" for check in check_files(folder) if check.problem]
+
+
 def _look(plan: Plan) -> dict[str, RepoFile]:
     """The files on the Hub, by path; fills in what the plan has to say about the repo and the branch."""
     api = HfApi()
     try:
-        info = api.model_info(plan.repo_id)
+        info = api.repo_info(plan.repo_id, repo_type=plan.kind)
         plan.create, plan.private, plan.parent = False, bool(info.private), info.sha
         try:
-            plan.parent = api.model_info(plan.repo_id, revision=plan.branch).sha
+            plan.parent = api.repo_info(plan.repo_id, repo_type=plan.kind, revision=plan.branch).sha
         except RevisionNotFoundError:
             plan.create_branch = True
-        entries = list(api.list_repo_tree(plan.repo_id, recursive=True, revision=plan.parent))
+        entries = list(api.list_repo_tree(plan.repo_id, repo_type=plan.kind, recursive=True, revision=plan.parent))
     except RepositoryNotFoundError:  # also what the Hub says about a private repo of somebody else
         return {}
     except Exception as error:  # the HTTP libraries under huggingface_hub have kinds of their own
@@ -153,18 +172,20 @@ def publish(plan: Plan) -> str:
     api = HfApi()
     try:
         if plan.create:
-            api.create_repo(plan.repo_id, private=plan.private, exist_ok=True)
-            plan.parent = api.model_info(plan.repo_id).sha
+            sdk = "gradio" if plan.kind == "space" else None
+            api.create_repo(plan.repo_id, private=plan.private, exist_ok=True, repo_type=plan.kind, space_sdk=sdk)
+            plan.parent = api.repo_info(plan.repo_id, repo_type=plan.kind).sha
             plan.create_branch = plan.branch != "main"
         if plan.create_branch:
-            api.create_branch(plan.repo_id, branch=plan.branch, exist_ok=True)
+            api.create_branch(plan.repo_id, repo_type=plan.kind, branch=plan.branch, exist_ok=True)
         paths = plan.add + plan.update
         if not paths:
             return plan.parent  # type: ignore[return-value]  # as above
         info = api.create_commit(
             plan.repo_id,
             [CommitOperationAdd(path, _for_upload(plan.contents[path])) for path in paths],
-            commit_message="Publish a ShortV repo",
+            repo_type=plan.kind,
+            commit_message=f"Publish a ShortV {'repo' if plan.kind == 'model' else plan.kind}",
             revision=plan.branch,
             parent_commit=plan.parent,
         )

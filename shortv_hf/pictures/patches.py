@@ -4,6 +4,7 @@ Used by `shortv visualize`. Pillow alone.
 """
 
 import colorsys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -287,22 +288,27 @@ def draw_sheet(
 def draw_reduction(
     model: PreTrainedModel,
     processor: ProcessorMixin,
-    image: Image.Image | Video,
+    image: Image.Image | Sequence[Image.Image] | Video,
     prompt: str,
     options: dict,
     output,
     progress=iter,
     token: int | None = None,
+    other_layers: bool = True,
 ) -> Path:
-    """What `options` do with the patches of `image` under the question `prompt`; PNG.
+    """What `options` do with the patches of `image`, of several pictures those of the first, under the question `prompt`;
+    PNG.
 
-    A method that ranks tokens in a decoder layer (FastV): what it keeps at its own, and what it would keep at every
-    other; `progress` wraps the iteration. One that merges tokens there or in the vision tower (iLLaVA): what is left
+    A method that ranks tokens in a decoder layer (FastV): what it keeps at its own, and with
+    `other_layers` what it would keep at every other; `progress` wraps the iteration. One that merges tokens there or in the vision tower (iLLaVA): what is left
     behind each of its layers, and what has gone into the `token` of a patch; this one on videos too.
     """
     from .merging import draw_merging
 
-    images, videos = ([], [image]) if isinstance(image, Video) else ([to_rgb(image)], [])
+    images: list[Image.Image] = []
+    videos = [image] if isinstance(image, Video) else []
+    if not isinstance(image, Video):
+        images = [to_rgb(each) for each in (image if isinstance(image, Sequence) else [image])]
     message = user_message(prompt, images, processor, videos)
     inputs = to_device(model, encode_messages([message], processor, images, videos))
     reduction = parse_visual_reduction(options, ModelSizes.of(model.config))
@@ -317,13 +323,13 @@ def draw_reduction(
             f"{reduction.method} merges nothing in the tower or the decoder, so there is no token to follow"
         )
     variants, titles = [options], [describe(options)]
-    if isinstance(reduction, StreamReduction) and reduction.needs_scores:
+    if isinstance(reduction, StreamReduction) and reduction.needs_scores and other_layers:
         sizes = ModelSizes.of(model.config)
         others = [k for k in range(max(sizes.deepstack, 1), sizes.decoder_layers) if k != reduction.k]
         variants += [{**options, "k": k} for k in others]
         titles += [f"if it were k = {k}" for k in others]
     panels = [patch_fates(model, inputs, variant) for variant in progress(variants)]
-    return draw_fates(seen_pictures(inputs, processor, image)[: len(panels[0])], panels, titles, output)
+    return draw_fates(seen_pictures(inputs, processor, images[0])[: len(panels[0])], panels, titles, output)
 
 
 def describe(options: dict) -> str:

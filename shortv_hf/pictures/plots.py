@@ -11,8 +11,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 from transformers import PretrainedConfig
 
-from ..configuration_shortv import frozen_text, frozen_updates
-from ..flops.equations import flops_ratio
+from ..configuration_shortv import frozen_text
+from ..flops.equations import flops_ratio, frozen_updates_in, visual_tokens_by_layer
 
 
 TEXT, VISUAL, FROZEN, INK, BACKGROUND = "#2f6db5", "#e8862e", "#e4e4e4", "#333333", "white"
@@ -56,34 +56,46 @@ def label_step(n: int, label_width: float, pitch: float) -> int:
     return next((step for step in steps if label_width <= step * pitch), n)
 
 
-def draw_frozen_layers(config: PretrainedConfig, output: str | Path, t: int, v: int, title: str | None = None) -> Path:
+def draw_frozen_layers(
+    config: PretrainedConfig, output: str | Path, t: int, v: int, title: str | None = None, kept: int | None = None
+) -> Path:
     """Draw which tokens every decoder layer computes: one column per layer, text below, visual tokens above, to the left
     those of its attention, to the right of its FFN.
 
-    The areas are to scale in the number of tokens (`t` text, `v` visual); frozen visual tokens are grey. The subtitle
-    gives the FLOPs ratio of Eq. 5. The picture is as wide as its columns, subtitle and legend need, at most 2160 pixels;
+    The areas are to scale in the number of tokens (`t` text, `v` visual); frozen visual tokens are grey, and where the
+    config's token reduction has taken some out their place is empty. The subtitle gives the FLOPs ratio of Eq. 5. The picture is as wide as its columns, subtitle and legend need, at most 2160 pixels;
     too long a title goes on in the next line. Returns `output`, a PNG file.
 
     Args:
         title: default "ShortV on" the base model or, for a model that holds its own weights, "this model".
+        kept: how many visual tokens reach the decoder, of a reduction that leaves that to the image.
+
+    Raises:
+        ValueError: `kept` is needed and missing (`flops.visual_tokens_by_layer`).
     """
-    n_layers, frozen = config.get_text_config().num_hidden_layers, frozen_updates(config.shortv_layers)
+    n_layers, reduction = config.get_text_config().num_hidden_layers, config.visual_reduction
+    stream = visual_tokens_by_layer(v, n_layers, reduction, config, kept=kept)
+    frozen = frozen_updates_in(config.shortv_layers, reduction, v, config, n_layers)
     scale = 2  # pixels per unit; drawn large so that it stays sharp
     font, small = ImageFont.load_default(15 * scale), ImageFont.load_default(11 * scale)
     height, margin, square, space = 200 * scale, 20 * scale, 12 * scale, 6 * scale
     if title is None:
         title = f"ShortV on {short_name(config.base_model_name_or_path or 'this model')}"
-    ratio = flops_ratio(t, v, config, shortv_layers=config.shortv_layers)
+    ratio = flops_ratio(t, v, config, shortv_layers=config.shortv_layers, visual_reduction=reduction, kept=kept)
+    method = "" if reduction is None else f" and {reduction['method']}"
     subtitle = (
-        f"visual tokens frozen in {frozen_text(config.shortv_layers, n_layers)}: {ratio:.0%} of the prefill's FLOPs "
-        f"({t} text, {v} visual tokens)"
+        f"visual tokens frozen in {frozen_text(config.shortv_layers, n_layers)}{method}: {ratio:.0%} of the prefill's "
+        f"FLOPs ({t} text, {v} visual tokens)"
     )
-    legend, legend_width = [], 0  # (x, colour, label)
-    for colour, label in (
+    entries = [
         (VISUAL, "visual, computed"),
         (FROZEN, "visual, frozen (K and V only)"),
         (TEXT, "text, always computed"),
-    ):
+    ]
+    if reduction is not None:
+        entries.append((BACKGROUND, "visual, taken out"))
+    legend, legend_width = [], 0  # (x, colour, label)
+    for colour, label in entries:
         legend.append((margin + legend_width, colour, label))
         legend_width += square + space + math.ceil(small.getlength(label)) + margin
     wanted = max(26 * scale * n_layers, legend_width, math.ceil(small.getlength(subtitle)))
@@ -104,16 +116,19 @@ def draw_frozen_layers(config: PretrainedConfig, output: str | Path, t: int, v: 
     for layer in range(n_layers):
         left, right = margin + round(layer * pitch), margin + round((layer + 1) * pitch) - gap
         asks, feeds = (FROZEN if layer in updates else VISUAL for updates in frozen)
-        draw.rectangle((left, top, right - 1, bottom - text_height - 2 * scale), asks)
-        if feeds != asks:
-            draw.rectangle(((left + right) // 2, top, right - 1, bottom - text_height - 2 * scale), feeds)
+        foot = bottom - text_height - 2 * scale
+        head = foot - round((foot - top) * stream[layer] / v) if v else foot
+        if head < foot:
+            draw.rectangle((left, head, right - 1, foot), asks)
+        if head < foot and feeds != asks:
+            draw.rectangle(((left + right) // 2, head, right - 1, foot), feeds)
         draw.rectangle((left, bottom - text_height, right - 1, bottom - 1), TEXT)
         if layer % step == 0:
             draw.text(((left + right) / 2, bottom + 6 * scale), str(layer), INK, small, anchor="ma")
     draw.text((margin + width / 2, bottom + 22 * scale), "decoder layer", INK, small, anchor="ma")
     y = bottom + 46 * scale
     for x, colour, label in legend:
-        draw.rectangle((x, y, x + square, y + square), colour)
+        draw.rectangle((x, y, x + square, y + square), colour, outline=FROZEN if colour == BACKGROUND else None)
         draw.text((x + square + space, y), label, INK, small)
     image.save(output, optimize=True)
     return Path(output)

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import statistics
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from shortv_hf.command_line.options import parse_reduction
 from shortv_hf.data import scoring as evaluation
 from shortv_hf.data import sources as calibration_data
 from shortv_hf.flops import flops_ratio
+from shortv_hf.flops.equations import visual_tokens_by_layer
 from shortv_hf.flops.meters import language_model_flops
 from shortv_hf.hub import loading
 from shortv_hf.pictures import patches as reduction_pictures
@@ -128,8 +130,46 @@ def test_compare_counts_what_is_left_in_the_last_layer(repo, images, reduction, 
     model, processor = loading.load(str(repo), **parse_reduction(reduction))
     result = comparison.compare(model, processor, "what is this ?", images[:1], max_new_tokens=2)
     assert result["dense"]["visual_tokens_left"] == 16 and result["shortv"]["visual_tokens_left"] == left
+    by_layer = visual_tokens_by_layer(16, 4, result["shortv"]["visual_reduction"], model.config)
+    assert (
+        result["shortv"]["visual_tokens_by_layer"] == by_layer
+        and result["dense"]["visual_tokens_by_layer"] == [16] * 4
+    )
+    text = result["prompt_tokens"] - 16
+    assert result["shortv"]["kv_tokens"] == text + statistics.mean(by_layer)
     # The tokens that a method takes out after the vision tower are in the processor's prompt all the same
     assert result["visual_tokens"] == 16 and result["shortv"]["prefill_flops"] < result["dense"]["prefill_flops"]
+
+
+@pytest.mark.parametrize("repo", ["llava"], indirect=True)
+def test_compare_tells_the_answers_and_can_be_ended(repo, images):
+    model, processor = loading.load(str(repo))
+    told = {"dense": [], "shortv": []}
+    result = comparison.compare(
+        model, processor, "what ?", images[:1], 3, on_text=lambda name, text: told[name].append(text), max_seconds=0.01
+    )
+    for name, texts in told.items():
+        assert "".join(texts).strip() == result[name]["answer"] and texts.count("") >= result["rounds"] == 1
+
+    def end(name, text):
+        raise KeyError(name)
+
+    with pytest.raises(KeyError, match="dense"):
+        comparison.compare(model, processor, "what ?", images[:1], 3, on_text=end)
+    assert model.settings == ([3, 1], None)
+    assert not any(layer._forward_hooks for layer in model.model.language_model.layers)
+
+
+def test_a_cache_can_be_forgotten(repo, images):
+    model, processor = loading.load(str(repo))
+    talk, other = (chat.Conversation(model, processor, max_new_tokens=3) for _ in range(2))
+    for each in (talk, other):
+        assert each.cache_bytes() == 0
+        each.ask("what is this ?", images[:1])
+        assert each.cache_bytes() == sum(x.keys.nbytes + x.values.nbytes for x in each._cache.layers) > 0
+    other.forget_cache()
+    assert other.cache_bytes() == 0
+    assert talk.ask("is it red ?").token_ids == other.ask("is it red ?").token_ids
 
 
 def test_layers_on_request(repo):

@@ -20,7 +20,7 @@ from shortv_hf.chat import comparison
 from shortv_hf.chat import conversation as chat
 from shortv_hf.data import scoring as evaluation
 from shortv_hf.data import sources as calibration_data
-from shortv_hf.data.images import load_image, load_images, to_rgb
+from shortv_hf.data.images import load_image, load_images, measure_image, to_rgb
 from shortv_hf.pictures import patches as reduction_pictures
 
 
@@ -391,6 +391,15 @@ def test_every_reader_sees_the_right_values(reader, processor, tmp_path, monkeyp
     expected = processor(images=grey.convert("RGB"), text="<image>", return_tensors="pt")["pixel_values"]
     found = pixel_values(reader, image, processor, tmp_path, monkeypatch)
     assert expected.std() > 0.3 and torch.equal(found, expected)
+
+
+def test_a_picture_is_measured_by_its_header(tmp_path):
+    Image.new("L", (30, 20)).save(tmp_path / "x.png")
+    data = (tmp_path / "x.png").read_bytes()
+    (tmp_path / "x.png").write_bytes(data[:50])  # without pixels
+    assert measure_image(tmp_path / "x.png") == measure_image(tmp_path / "x.png", ("PNG",)) == (30, 20)
+    with pytest.raises(ValueError, match="it is no picture; BMP, GIF can be read"):
+        measure_image(tmp_path / "x.png", ("BMP", "GIF"))
 
 
 def test_the_package_opens_pictures_in_one_place():

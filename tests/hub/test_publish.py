@@ -1,10 +1,13 @@
 """`shortv publish` with the real `huggingface_hub` client, in processes of its own, against a Hub on 127.0.0.1."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from helpers import FAMILIES, make_model
-from hub_shell import HubShell
+from hub_shell import ROOT, HubShell
 from local_hub import LocalHub
 from processor_files import write_processor
 from test_base_weights import write_checkpoint
@@ -198,4 +201,45 @@ def test_refuses_what_strangers_cannot_load_or_trust(hub, repo, refused, tmp_pat
     config |= {"base_model_name_or_path": "org/base", "base_model_revision": "main"}
     (local / "config.json").write_text(json.dumps(config))
     assert "not pinned to a commit" in refused(local, "--repo-id", "me/mine")
+    assert hub.repos == {}
+
+
+SPACE = ROOT / "hub_configs" / "space-shortv-demo"
+
+
+def test_a_space_goes_with_the_package_and_the_demonstration_model(hub, shortv, tmp_path):
+    arguments = ("publish", SPACE, "--space", "--repo-id", "me/demo")
+    code, output, _ = shortv(*arguments, "--dry-run")
+    assert code == 0 and "/spaces/me/demo, branch main" in output and "add      app.py" in output and hub.repos == {}
+    code, output, _ = shortv(*arguments)
+    assert (
+        code == 0 and f"is at commit {hub.head('spaces/me/demo')}" in output and list(hub.repos) == ["spaces/me/demo"]
+    )
+    published = hub.files("spaces/me/demo")
+    for name in ("README.md", "app.py", "requirements.txt"):
+        assert published[name] == (SPACE / name).read_bytes()
+    assert published["shortv_hf/plan.py"] == (ROOT / "shortv_hf" / "plan.py").read_bytes()
+    assert not [name for name in published if "__pycache__" in name or "/." in name]
+    code, output, _ = shortv(*arguments)
+    assert code == 0 and "nothing to do" in output and len(commits(hub)) == 1
+
+    for name, content in published.items():  # what the Hub has runs by itself
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    code = "from shortv_hf.hub.loading import demo_model, load; print(demo_model()); load(demo_model())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=clean_environment(), capture_output=True, text=True
+    )
+    assert done.stdout.strip() == str(tmp_path / "shortv_hf" / "demo"), done.stderr
+
+
+def clean_environment():
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"PYTHONSAFEPATH": ""}
+
+
+def test_what_is_no_space(hub, repo, refused, tmp_path):
+    assert "is no Space: app.py, requirements.txt are missing" in refused(repo, "--space", "--repo-id", "me/demo")
+    for name in ("README.md", "app.py", "requirements.txt"):
+        (tmp_path / name).write_text("# ShortV\n---\nsdk: gradio\n---\n")
+    assert "does not begin with metadata" in refused(tmp_path, "--space", "--repo-id", "me/demo")
     assert hub.repos == {}

@@ -10,8 +10,13 @@ from helpers import IMAGE_TOKEN, make_inputs, make_model
 from PIL import Image
 from processor_files import write_processor
 from test_visual_reduction import ALL, NEXT, name, reduced_model
+from transformers import AutoProcessor
 
+from shortv_hf.data.images import to_rgb
+from shortv_hf.data.inputs import encode_messages
+from shortv_hf.data.prompts import user_message
 from shortv_hf.hub import loading
+from shortv_hf.pictures import patches
 from shortv_hf.pictures.patches import (
     ABSENT,
     DROPPED,
@@ -350,3 +355,20 @@ def test_conversation_keeps_its_cache(tmp_path, options):
     with torch.no_grad():
         ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert ids[0, -4:].tolist() == second.token_ids
+
+
+def test_of_several_pictures_the_first_is_drawn_as_their_prompt_has_it(tmp_path, monkeypatch):
+    """FastV ranks all pictures of a prompt together. Its choice at other layers can be left out."""
+    write_processor(tmp_path / "repo")
+    model, processor = make_model(), AutoProcessor.from_pretrained(tmp_path / "repo")
+    pictures = [Image.linear_gradient("L").resize((20, 14)), Image.new("RGB", (20, 14), "blue")]
+    options, drawn = {"method": "fastv", "k": 2, "ratio": 0.5}, []
+    monkeypatch.setattr(patches, "draw_fates", lambda seen, panels, titles, output: drawn.append(panels))
+    for given in (pictures, pictures[0]):
+        patches.draw_reduction(model, processor, given, "what ?", options, tmp_path / "x.png", other_layers=False)
+    patches.draw_reduction(model, processor, pictures, "what ?", options, tmp_path / "x.png")
+    assert [len(panels) for panels in drawn] == [1, 1, 3]
+    inputs = encode_messages([user_message("what ?", pictures, processor)], processor, list(map(to_rgb, pictures)))
+    expected = patches.patch_fates(model, inputs, options)
+    assert torch.equal(drawn[0][0][0].states, expected[0].states)
+    assert int((drawn[1][0][0].states == patches.KEPT).sum()) == 8

@@ -120,6 +120,35 @@ class TestFrozenLayers:
         rights = [right for _, (_, _, right, _) in text]
         assert all(right < left for right, (_, (left, *_)) in zip(rights, text[1:], strict=False))
 
+    @pytest.mark.parametrize(
+        ("reduction", "kept", "shares"),
+        [
+            ({"method": "fastv", "k": 2, "ratio": 0.5}, None, [1, 1, 0.5, 0.5]),
+            ({"method": "vtw", "k": 3}, None, [1, 1, 1, 0]),
+            ({"method": "prumerge"}, 4, [0.25] * 4),
+        ],
+        ids=str,
+    )
+    def test_what_a_reduction_takes_out_is_empty(self, monkeypatch, tmp_path, reduction, kept, shares):
+        drawn = record(monkeypatch)
+        config = make_config(visual_reduction=reduction, shortv_layers=[1])
+        plots.draw_frozen_layers(config, tmp_path / "x.png", 16, 16, kept=kept)
+        boxes = [(colour, box) for _, kind, colour, box in drawn if kind == "rectangle"]
+        text = [box for colour, box in boxes if colour == plots.TEXT][:4]
+        heights = []
+        for left, top, _, _ in text:
+            above = [box for colour, box in boxes if box[0] == left and box[3] < top]
+            heights.append(sum(box[3] - box[1] for box in above))
+        full = text[0][3] - text[0][1]
+        assert [height / full for height in heights] == pytest.approx(shares, abs=0.05)
+        check_text(drawn)
+        assert "visual,takenout" in "".join(texts(drawn)).replace(" ", "")
+
+    def test_how_many_a_reduction_leaves_has_to_be_known(self, tmp_path):
+        config = make_config(visual_reduction={"method": "prumerge"})
+        with pytest.raises(ValueError, match="depends on the image"):
+            plots.draw_frozen_layers(config, tmp_path / "x.png", 16, 16)
+
 
 class TestLayerScores:
     def scores(self, n_layers):
