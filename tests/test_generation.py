@@ -269,8 +269,9 @@ def test_quantized_cache():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the offloaded cache needs an accelerator")
 def test_offloaded_cache():
-    model = make_model(shortv_layers=LAYERS).cuda()
+    model = make_model(shortv_layers=LAYERS)
     inputs = {name: value.cuda() for name, value in make_inputs(model, ["ttItt"]).items()}
+    model.cuda()
     assert torch.equal(greedy(model, inputs, cache_implementation="offloaded"), greedy(model, inputs))
 
 

@@ -373,8 +373,9 @@ def test_reference_discards_updates():
 @pytest.mark.parametrize("text", ["llama", "mistral_sliding", "qwen2_sliding"])
 def test_flash_attention(text):
     """Dense layers run FlashAttention, frozen ones SDPA with the mask that stands for the same."""
-    model = make_model("llava", text, shortv_layers=[0, 2, 3]).to("cuda", torch.bfloat16)
+    model = make_model("llava", text, shortv_layers=[0, 2, 3])
     inputs = {name: value.cuda() for name, value in make_inputs(model, MIXED_ROWS).items()}
+    model.to("cuda", torch.bfloat16)
     inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
     with torch.no_grad():
         expected = model(**inputs).logits
