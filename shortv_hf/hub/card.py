@@ -320,7 +320,7 @@ def _results(config: PretrainedConfig, paper: PaperModel | None, measured: Seque
         ]
         parts.append(
             "**Measured by this project** (`shortv bench`: this architecture with random weights, against the "
-            "stock class in turn in one run, medians):\n\n" + markdown_table(header, rows)
+            "stock class in its faster mode, in turn in one run, medians):\n\n" + markdown_table(header, rows)
         )
     else:
         parts.append(UNMEASURED)

@@ -15,7 +15,7 @@ from torch import nn
 from ..configuration_shortv import frozen_updates
 from ..data.inputs import feature_mask, last_positions
 from ..plan import Plan
-from ..reduction_vtw import VTW
+from ..reduction import METHODS
 from ..upstream import text_model
 from .freezing import frozen_tokens
 from .kl import divergence
@@ -92,7 +92,10 @@ class Trace:
         """Logits `[B, V]` of the last position when all visual tokens leave before layer `k`, as VTW has it."""
         if not self.visual_mask.any():
             return self.logits
-        plan = Plan(frozenset(), frozenset(), self.visual_mask, reduction=VTW(k), padding=self.padding_mask)
+        options: dict[str, Any] = {"k": k}
+        plan = Plan(
+            frozenset(), frozenset(), self.visual_mask, reduction=METHODS["vtw"](**options), padding=self.padding_mask
+        )
         plan, _, _ = plan.with_stream(self.inputs[0], self.text_kwargs)
         states = self.inputs[k]
         for layer, kwargs in zip(self.layers[k:], self.kwargs[k:], strict=True):

@@ -1,4 +1,4 @@
-"""Which part of the work is this process's. With several of them: `search/test_command.py`."""
+"""Which part of the work is this process's. With several of them: `search/test_search_command.py`."""
 
 import pytest
 

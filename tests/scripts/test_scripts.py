@@ -28,6 +28,7 @@ def test_help():
     """In one process, since each would import the same for seconds."""
     folder = ROOT / "scripts"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(folder)])}
+    environment["SHORTV_ON_VLLM"] = "1"  # else those of vLLM would begin anew, in the environment that it needs
     command = [sys.executable, "-c", RUN, *SCRIPTS]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert result.returncode == 0, result.stderr
