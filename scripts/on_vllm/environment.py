@@ -31,9 +31,9 @@ class DeclareOperators(MetaPathFinder):
             sys.meta_path.remove(self)
             import torch
 
-            self.library = torch.library.Library("torchvision", "DEF")
+            self.declared = torch.library.Library("torchvision", "DEF")
             for operator in ("nms", "qnms"):
-                self.library.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                self.declared.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             sys.torchvision_operators = self  # kept alive
         return None
 

@@ -102,6 +102,31 @@ def check_output_dir(
     return (own | weights) - set(names) - set(kept)
 
 
+def check_new_repo(
+    folder: Path, option: str, model: str, config: PretrainedConfig, has_class: bool, output: Path, overwrite: bool
+):
+    """Check that a command may write a repo of `model` into `folder`, a new or empty one, before it measures anything.
+
+    Args:
+        option: that names the folder, for messages.
+        config, has_class: as [`loading.any_config`] has them of the model.
+        output: the folder of the command's results.
+
+    Raises:
+        ValueError: the family has no class; `folder` is the checkpoint, holds `output` or other files, or cannot be written.
+    """
+    if not has_class:
+        raise ValueError(
+            f"there is no ShortV class for {config.model_type!r}, so no repo of it can be written ({option})"
+        )
+    if _is_same(folder, model):
+        raise ValueError(f"{option} {folder} is the checkpoint itself; name another directory")
+    if output.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--output {output} is inside {option} {folder}; name two folders")
+    outputs.check_folder(folder, overwrite)
+    check_output_dir(folder, overwrite=overwrite)
+
+
 def _is_same(one: str | Path, other: str | Path) -> bool:
     return Path(one).resolve() == Path(other).resolve()
 

@@ -80,14 +80,8 @@ def lc(
         raise ValueError(f"{' and '.join(given)} exclude each other")
     if save_model is not None and not given:
         raise ValueError(f"--save-model needs one of {', '.join(budgets)}")
-    if save_model is not None and save_model.resolve() == Path(model).resolve():
-        raise ValueError(f"--save-model {save_model} is the checkpoint itself; name another directory")
     plots.check_matplotlib()
     config, has_class = loading.any_config(model)
-    if save_model is not None and not has_class:
-        raise ValueError(
-            f"there is no ShortV class for {config.model_type!r}, so no repo of it can be written (--save-model)"
-        )
     budget = Budget(num_layers, flops_ratio, max_kl) if given else None
     if budget is not None:
         budget.check(config, metric)
@@ -96,12 +90,8 @@ def lc(
     first = processes.rank() == 0  # which prints and writes; others take their share of the samples
     if first:
         outputs.check_folder(output, overwrite)
-    if save_model is not None:
-        if output.resolve().is_relative_to(save_model.resolve()):
-            raise ValueError(f"--output {output} is inside --save-model {save_model}; name two folders")
-        if first:
-            outputs.check_folder(save_model, overwrite)
-        build.check_output_dir(save_model, overwrite=overwrite)
+        if save_model is not None:
+            build.check_new_repo(save_model, "--save-model", model, config, has_class, output, overwrite)
 
     def save(found: "Calibration"):
         output.mkdir(parents=True, exist_ok=True)

@@ -91,16 +91,8 @@ def search(
     first = processes.rank() == 0
     if first:  # it prints and writes; others take their share of the samples
         outputs.check_folder(output, overwrite, own=progress.is_dir() and not file.exists())
-    if output_repo is not None:
-        if not has_class:
-            raise ValueError(
-                f"there is no ShortV class for {config.model_type!r}, so no repo of it can be written (--output-repo)"
-            )
-        if output_repo.resolve() == Path(model).resolve():
-            raise ValueError(f"--output-repo {output_repo} is the checkpoint itself; name another directory")
-        if output.resolve().is_relative_to(output_repo.resolve()):
-            raise ValueError(f"--output {output} is inside --output-repo {output_repo}; name two folders")
-        build.check_output_dir(output_repo, overwrite=overwrite)
+        if output_repo is not None:
+            build.check_new_repo(output_repo, "--output-repo", model, config, has_class, output, overwrite)
     device = processes.own_device(device)
     loaded, processor = (loading.load if has_class else loading.load_stock)(model, device=device, dtype=dtype)
     result = run(

@@ -83,6 +83,15 @@ def test_the_repo_is_checked(found, tmp_path):
     )
 
 
+def test_the_repo_is_a_new_one(base, found):
+    """Before anything is measured."""
+    folder, _, _ = found
+    refused = invoke(
+        "search", base[0], *base[1], "--max-kl", 1, "--output", folder / "new", "--output-repo", folder / "repo"
+    )
+    assert f"{folder / 'repo'} is not empty" in str(refused.exception) and not (folder / "new").exists()
+
+
 def test_options_are_those_of_other_commands(found):
     """What is printed can be passed on."""
     _, result, _ = found
