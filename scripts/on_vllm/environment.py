@@ -29,9 +29,9 @@ class DeclareOperators(MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name == "torchvision":
             sys.meta_path.remove(self)
-            import torch
+            from torch import library
 
-            self.declared = torch.library.Library("torchvision", "DEF")
+            self.declared = library.Library("torchvision", "DEF")
             for operator in ("nms", "qnms"):
                 self.declared.define(operator + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
             sys.torchvision_operators = self  # kept alive
